@@ -1,0 +1,33 @@
+# Every target sets up what it needs: a bare machine with python3 and a package registry is enough.
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+STAMP  := $(VENV)/installed
+RUN    := $(VENV)/bin/subject-diffusion
+
+.PHONY: demo test test-slow lint toybox
+.DEFAULT_GOAL := test
+
+$(STAMP): setup.cfg pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --editable ".[test]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(RUN) generate --config configs/infer/demo.yaml
+
+test: lint
+	$(PYTHON) -m pytest
+
+test-slow: lint
+	$(PYTHON) -m pytest -m "slow or browser"
+
+lint: $(STAMP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+# Every model of the toybox from nothing, in the order in which they stand on each other. Resumes where it was stopped.
+toybox: $(STAMP)
+	for model in vae clip base subject judge_identity judge_segment; do \
+		$(RUN) train --config configs/train/toybox/$$model.yaml || exit 1; \
+	done
+	$(PYTHON) scripts/export_toybox.py

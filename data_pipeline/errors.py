@@ -1,0 +1,25 @@
+"""The one error a user may see: a single line that says what was given, what was expected and what to do.
+
+Every command runs under `run_command`, which prints that line without a traceback and returns exit status 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """A mistake in what the user gave (file, key or argument), told in one line."""
+
+
+def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Exit status of `main(argv)`: its own, 2 for a user's mistake, 130 when interrupted."""
+    try:
+        return main(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

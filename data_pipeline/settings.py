@@ -1,0 +1,136 @@
+"""Settings of every command: YAML files merged in order, then `section.key=value`, checked by a pydantic model.
+
+    load_settings(TrainSettings, [Path("a.yaml"), Path("b.yaml")], ["optimizer.learning_rate=1e-4"])
+
+Later files win key by key. A key that does not exist is refused with the nearest one that does; every mistake is one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_pipeline.errors import UserError
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are refused, values cannot be changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+SettingsType = TypeVar("SettingsType", bound=Settings)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-3` as text; people mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load_settings(cls: type[SettingsType], files: Sequence[Path], overrides: Sequence[str]) -> SettingsType:
+    """Merge `files` (later wins) and `overrides` ("section.key=value", value read as YAML) into `cls`.
+
+    Raises:
+        UserError: missing or unreadable file, bad YAML, unknown key, value of the wrong type, key missing.
+    """
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for file in files:
+        _merge(merged, _read(file), origin, str(file))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override}: expected section.key=value")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise UserError(f"{override}: the value is not valid YAML ({_first_line(error)})") from error
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        _merge(merged, nested, origin, "the command line")
+    try:
+        return cls.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_explain(cls, error, origin)) from error
+
+
+def write_settings(settings: Settings, path: Path) -> None:
+    """Write the resolved settings as YAML; loading the file gives equal settings."""
+    path.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(file.read_text(), _Loader)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); give an existing YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid YAML ({_first_line(error)})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected keys and values at the top, found a {type(content).__name__}")
+    return content
+
+
+def _merge(target: dict[str, Any], update: dict[str, Any], origin: dict[str, str], source: str, prefix: str = "") -> None:
+    for key, value in update.items():
+        path = f"{prefix}{key}"
+        origin[path] = source
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            _merge(target[key], value, origin, source, f"{path}.")
+        else:
+            target[key] = value
+            if isinstance(value, dict):
+                _mark(value, origin, source, f"{path}.")
+
+
+def _mark(value: dict[str, Any], origin: dict[str, str], source: str, prefix: str) -> None:
+    for key, inner in value.items():
+        origin[f"{prefix}{key}"] = source
+        if isinstance(inner, dict):
+            _mark(inner, origin, source, f"{prefix}{key}.")
+
+
+def _explain(cls: type[Settings], error: ValidationError, origin: dict[str, str]) -> str:
+    """The first problem as one line: where it was said, which key, what was expected."""
+    first = error.errors()[0]
+    names = [str(part) for part in first["loc"]]
+    key = ".".join(names)
+    source = origin.get(key, next((origin[k] for k in origin if key.startswith(k)), "the settings"))
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(cls, names[:-1])
+        near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.0)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return f"{source}: unknown key {key}; {hint}"
+    if first["type"] == "missing":
+        return f"{key}: missing; give it in a --config file or as {key}=value"
+    return f"{source}: {key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _known_keys(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        field = cls.model_fields.get(part)
+        options = [field.annotation, *get_args(field.annotation)] if field else []
+        inner = next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+        if inner is None:
+            return []
+        cls = inner
+    return list(cls.model_fields)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

@@ -1,0 +1,122 @@
+"""The adapter layer between self- and cross-attention: image tokens look at themselves and at the subject tokens.
+
+    x <- x + beta tanh(a1) SA(LN[x; W o])[:|x|]        x <- x + beta tanh(a2) FF(LN x)
+(GLIGEN, arXiv 2301.07093, equation 8; Subject-Diffusion, arXiv 2307.11410, equation 3). Only image tokens ask: rows of
+the subject tokens would be thrown away. Subject keys and values depend on neither image nor timestep.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.subject_adapter.condition import SubjectCondition
+from model.subject_adapter.location import grid_of_tokens, rasterise_boxes
+
+
+class _Projections(nn.Module):
+    """Parameters of diffusers' `Attention` under its names, without its processor machinery.
+
+    A module with `set_processor` here would be taken for a cross-attention by the IP-Adapter and LoRA loaders.
+    """
+
+    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        inner = heads * head_dim
+        self.heads = heads
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_k = nn.Linear(width, inner, bias=False)
+        self.to_v = nn.Linear(width, inner, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(inner, width)])
+
+    def split(self, states: Tensor) -> Tensor:
+        return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, head_dim)
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        split = self.split
+        out = functional.scaled_dot_product_attention(split(queries), split(keys), split(values), attn_mask=mask)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+class SubjectFuser(nn.Module):
+    """One adapter layer; its state dict is that of diffusers' `GatedSelfAttentionDense`."""
+
+    def __init__(self, name: str, query_dim: int, context_dim: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.name = name
+        self.linear = nn.Linear(context_dim, query_dim)
+        self.attn = _Projections(query_dim, heads, head_dim)
+        self.ff = FeedForward(query_dim, activation_fn="geglu")
+        self.norm1 = nn.LayerNorm(query_dim)
+        self.norm2 = nn.LayerNorm(query_dim)
+        # Shape (1,) and not (): DeepSpeed cannot start with 0-dim parameters. Files keep the published shape, see below.
+        self.alpha_attn = nn.Parameter(torch.zeros(1))
+        self.alpha_dense = nn.Parameter(torch.zeros(1))
+        self.register_state_dict_post_hook(_gates_as_scalars)
+        self.register_load_state_dict_pre_hook(_gates_as_vectors)
+
+    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of subject tokens (B, N, D): each (B, N, inner)."""
+        projected = self.norm1(self.linear(tokens))  # (B, N, C); LayerNorm is per token, so this equals LN[x; W o]
+        return self.attn.to_k(projected), self.attn.to_v(projected)
+
+    def forward(self, x: Tensor, condition: SubjectCondition) -> Tensor:
+        """(B, T, C) image tokens -> (B, T, C); rows that are not active come back as they are."""
+        rows = condition.active_rows
+        if rows is None:
+            return self._fuse(x, condition)
+        if len(rows) == 0:
+            return x
+        return x.index_copy(0, rows, self._fuse(x[rows], condition))
+
+    def _fuse(self, x: Tensor, condition: SubjectCondition) -> Tensor:
+        rows = condition.active_rows
+        cached = condition.key_values.get(self.name)
+        keys, values = self.keys_values(_of_rows(condition.tokens, rows)) if cached is None else cached
+        normed = self.norm1(x)  # (B, T, C)
+        keys = torch.cat([self.attn.to_k(normed), keys], dim=1)  # (B, T + N, inner)
+        values = torch.cat([self.attn.to_v(normed), values], dim=1)
+        mask = attention_bias(condition, x.shape[1], x.dtype)
+        scale = (condition.beta * _of_rows(condition.factor, rows))[:, None, None].to(x.dtype)  # (B, 1, 1)
+        x = x + scale * self.alpha_attn.tanh() * self.attn.attend(self.attn.to_q(normed), keys, values, mask)
+        return x + scale * self.alpha_dense.tanh() * self.ff(self.norm2(x))  # (B, T, C)
+
+
+def attention_bias(condition: SubjectCondition, num_image_tokens: int, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the logits: 0 for image keys, log w or -inf for subject keys; None where nothing is to be added.
+
+    Returns:
+        (A, 1, 1, T + N) for the active rows, or (A, 1, T, T + N) when tokens are visible inside their boxes only.
+    """
+    keep, strength, boxes, rows = condition.keep, condition.log_strength, condition.token_boxes, condition.active_rows
+    if keep is None and strength is None and boxes is None:
+        return None
+    tokens = _of_rows(condition.tokens, rows)
+    bias = tokens.new_zeros(tokens.shape[:2], dtype=dtype) if strength is None else _of_rows(strength, rows).to(dtype)
+    if keep is not None:
+        bias = bias.masked_fill(~_of_rows(keep, rows), float("-inf"))
+    bias = bias[:, None, None]  # (A, 1, 1, N)
+    if boxes is not None:
+        size = grid_of_tokens(num_image_tokens, (condition.location.shape[-2], condition.location.shape[-1]))
+        inside = rasterise_boxes(_of_rows(boxes, rows), size).flatten(2).transpose(1, 2)  # (A, T, N)
+        bias = bias.masked_fill(~inside[:, None], float("-inf"))  # (A, 1, T, N)
+    return torch.cat([bias.new_zeros(*bias.shape[:-1], num_image_tokens), bias], dim=-1)
+
+
+def _of_rows(values: Tensor, rows: Tensor | None) -> Tensor:
+    return values if rows is None else values[rows]
+
+
+def _gates_as_scalars(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    for gate in ("alpha_attn", "alpha_dense"):
+        state[prefix + gate] = state[prefix + gate].reshape(())
+
+
+def _gates_as_vectors(module: nn.Module, state: dict[str, Tensor], prefix: str, *ignored: Any) -> None:
+    for gate in ("alpha_attn", "alpha_dense"):
+        if prefix + gate in state:
+            state[prefix + gate] = state[prefix + gate].reshape(1)
