@@ -13,6 +13,7 @@ import argparse
 import difflib
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -77,9 +78,9 @@ class _Reference:
     cutout: Image.Image
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with its arguments (without the program's name); raises UserError for a mistake in them."""
-    paths = run(read_settings(argv))
+    paths = run(read_settings(sys.argv[1:] if argv is None else argv))
     if len(paths) > 1:
         print(f"{len(paths)} pictures in {paths[0].parent}, the first is")
     print(paths[0])

@@ -9,6 +9,7 @@ A call checks its inputs, encodes subjects and prompt (`conditions.py`), sets ti
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +38,13 @@ from infer.call_checks import (
 )
 from infer.conditions import PictureRequest, ReferenceFeatures, build_inputs
 from infer.layout import place_subjects
-from infer.loading import load_base_networks, load_components
+from infer.loading import load_base_networks, load_trained_parts, locate_model, one_line_errors
 from infer.subjects import Box, Subject
 from model.composition import SubjectDiffusionModel
 from model.image_encoder import SubjectImageEncoder
 from model.prompt import add_placeholder
 from model.sampling import denoise, initial_latents
+from model.saving import MANIFEST, base_fingerprint
 from model.subject_adapter import SubjectAdapter
 
 Guidance = Literal["separate", "joint", "none"]
@@ -119,14 +121,14 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
         Raises:
             UserError: no such model, or not a model of this kind.
         """
-        folder, components = load_components(name, base, torch_dtype=kwargs.get("torch_dtype"))
-        if components is not None:
-            kwargs.pop("torch_dtype", None)
+        place = locate_model(name)
+        if isinstance(place, Path) and (place / MANIFEST).exists():
+            components = load_trained_parts(place, base, kwargs.pop("torch_dtype", None))
             return cls(**{**components, **kwargs})
-        kwargs.setdefault("use_safetensors", True)
-        pipeline = super().from_pretrained(folder, **kwargs)
-        assert isinstance(pipeline, SubjectDiffusionPipeline)
-        return pipeline
+        if base is not None:
+            kwargs["base"] = base
+        with one_line_errors(f"model {name}"):
+            return super().from_pretrained(place, **{"use_safetensors": True, **kwargs})
 
     @property
     def subject_model(self) -> SubjectDiffusionModel:
@@ -260,8 +262,6 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
         """Noise at the first level, (rows, C, height ÷ factor, width ÷ factor) float32."""
         channels = self.unet.config.out_channels
         shape = (rows, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
-        if isinstance(generator, list) and len(generator) != rows:
-            raise UserError(f"generator: {len(generator)} generators for {rows} pictures; give one, or one a picture")
         if latents is None:
             return initial_latents(
                 self.scheduler, shape, steps=steps, generator=generator, device=self._execution_device
@@ -277,11 +277,17 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
         pixels = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]  # (B, 3, H, W) -1..1
         return self.image_processor.postprocess(pixels.float(), output_type=output_type)
 
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that tell the weights apart: UNet, text encoder and adapter."""
+        digest = hashlib.sha256(base_fingerprint(self.unet, self.text_encoder).encode())
+        digest.update(base_fingerprint(self.adapter, self.text_encoder).encode())
+        return digest.hexdigest()
+
     def _plain_base(self) -> tuple[UNet2DConditionModel, CLIPTextModel]:
         if self.base_unet is None or self.base_text_encoder is None:
             if self.config.base is None:
                 raise UserError("subject_until below 1 needs the plain base; load the pipeline with base=NAME")
-            unet, text_encoder = load_base_networks(self.config.base, torch_dtype=self.unet.dtype)
+            unet, text_encoder = load_base_networks(self.config.base, self.unet.dtype)
             self.base_unet = unet.to(self._execution_device)
             self.base_text_encoder = text_encoder.to(self._execution_device)
         return self.base_unet, self.base_text_encoder
@@ -297,5 +303,7 @@ def _layout_seeds(generator: Generators, rows: int) -> list[int]:
     if generator is None:
         return torch.randint(2**31, (rows,)).tolist()
     if isinstance(generator, list):
+        if len(generator) != rows:
+            raise UserError(f"generator: {len(generator)} generators for {rows} pictures; give one, or one a picture")
         return [one.initial_seed() for one in generator]
     return [generator.initial_seed() + row for row in range(rows)]

@@ -36,10 +36,10 @@ class SubjectImageEncoder(ModelMixin, ConfigMixin):
 
         self.visual = _build_vision_tower(embed_dim, vision_cfg, quick_gelu)
         self.visual.output_tokens = True
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(mean).reshape(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).reshape(3, 1, 1), persistent=False)
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        self.register_buffer("pixel_mean", torch.tensor(mean).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).reshape(3, 1, 1), persistent=False)
 
     @classmethod
     def from_open_clip(
@@ -73,5 +73,5 @@ class SubjectImageEncoder(ModelMixin, ConfigMixin):
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, H, W) in 0..1 -> pooled (N, P), patch tokens (N, T, W)."""
-        normalised = (pictures.to(self.mean.dtype) - self.mean) / self.std
+        normalised = (pictures.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         return self.visual(normalised)

@@ -17,23 +17,25 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 def load_open_clip(folder: Path) -> tuple[open_clip.CLIP, dict[str, Any]]:
-    """A CLIP model from an open_clip folder (`open_clip_config.json`, `open_clip_model.safetensors`), and its `model_cfg`.
+    """A CLIP model from an open_clip folder (`open_clip_config.json`, `open_clip_model.safetensors`), and its
+    configuration (`model_cfg`, `preprocess_cfg`).
 
     Raises:
         ValueError: the folder does not hold such a model.
     """
     try:
-        config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        model_config = config["model_cfg"]
         state = load_file(folder / "open_clip_model.safetensors")
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}: not an open_clip folder ({error}); expected open_clip_config.json and weights") from error
-    clip = open_clip.CLIP(**config)
+    clip = open_clip.CLIP(**model_config)
     clip.load_state_dict(state)
     return clip, config
 
 
 def convert_text_tower(clip: open_clip.CLIP, config: dict[str, Any], tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The text tower of `clip` as a stock `CLIPTextModel` with equal last hidden states."""
+    """The text tower of `clip` as a stock `CLIPTextModel` with equal last hidden states; `config` is its `model_cfg`."""
     text = config["text_cfg"]
     width = text["width"]
     target = CLIPTextModel(

@@ -27,7 +27,7 @@ from model.subject_adapter.location import LocationConvolution, location_mask
 Fusion = Literal["before", "after"]
 
 
-class SubjectAdapter(ModelMixin, ConfigMixin):  # type: ignore[misc]  # the two bases annotate `config_name` differently
+class SubjectAdapter(ModelMixin, ConfigMixin):
     """Concept projection, grounding network, fusers and location convolution.
 
     Build it with `from_unet`; without training it changes nothing but the placeholder's embedding.

@@ -13,7 +13,7 @@ from infer.cli import main
 from infer.generate import GenerateSettings, read_settings
 from infer.picture_file import read_record
 from infer.pipeline import SubjectDiffusionPipeline
-from tests.infer.conftest import TinyModel
+from tests.infer.tiny_model import TinyModel
 
 Command = Callable[..., list[str]]
 

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 from data_pipeline.errors import UserError
 from infer.pipeline import SubjectDiffusionPipeline
 from infer.subjects import Subject
-from tests.infer.conftest import TinyModel
+from tests.infer.tiny_model import TinyModel
 
 Cutout = Callable[..., Image.Image]
 
@@ -90,9 +90,7 @@ def test_a_list_of_prompts_and_several_pictures_each_come_in_order(
 ) -> None:
     subjects = [Subject("dog", [cutout()])]
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
-    batch = draw(
-        loaded_pipeline, ["a dog", "a red dog"], subjects, generator=generators, num_images_per_prompt=2
-    )
+    batch = draw(loaded_pipeline, ["a dog", "a red dog"], subjects, generator=generators, num_images_per_prompt=2)
     alone = draw(loaded_pipeline, "a red dog", subjects, generator=[torch.Generator().manual_seed(2)])
     assert batch.shape == (4, 4, 8, 8)
     torch.testing.assert_close(batch[2:3], alone, atol=1e-4, rtol=1e-4)
@@ -100,9 +98,7 @@ def test_a_list_of_prompts_and_several_pictures_each_come_in_order(
 
 def test_prompts_may_have_different_subjects(loaded_pipeline: SubjectDiffusionPipeline, cutout: Cutout) -> None:
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-    batch = draw(
-        loaded_pipeline, ["a dog", "the beach"], [[Subject("dog", [cutout()])], []], generator=generators
-    )
+    batch = draw(loaded_pipeline, ["a dog", "the beach"], [[Subject("dog", [cutout()])], []], generator=generators)
     alone = draw(loaded_pipeline, "the beach", generator=[torch.Generator().manual_seed(1)])
     torch.testing.assert_close(batch[1:], alone, atol=1e-4, rtol=1e-4)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.models import UNet2DConditionModel
+from diffusers.models import UNet2DConditionModel, attention_processor
 from diffusers.models.attention_processor import AttnProcessor
 
 from model.attention_maps import (
@@ -14,6 +14,8 @@ from model.attention_maps import (
     install_recording,
     supervised_layers,
 )
+from model.subject_adapter import SubjectAdapter
+from tests.model.tiny_inputs import PATCH_WIDTH, PATCHES, POOLED, tiny_inputs
 
 ROWS, SUBJECTS, LENGTH, TEXT_WIDTH = 2, 3, 7, 24
 
@@ -160,9 +162,7 @@ def test_half_precision_works(unet, call, recorder):
     assert all(maps.dtype == torch.bfloat16 and maps.isfinite().all() for maps in recorder.maps.values())
 
 
-def test_no_layer_warns_about_the_recorder(unet, call, recorder, caplog, monkeypatch):
-    from diffusers.models import attention_processor
-
+def test_no_layer_warns_about_the_recorder(unet, call, recorder, monkeypatch):
     warnings: list[str] = []
     monkeypatch.setattr(attention_processor.logger, "warning", lambda message, *_: warnings.append(message))
     install_recording(unet)
@@ -170,6 +170,19 @@ def test_no_layer_warns_about_the_recorder(unet, call, recorder, caplog, monkeyp
     assert warnings == []
     unet(**call, cross_attention_kwargs={"recoder": recorder})
     assert warnings, "an unknown name is still told"
+
+
+def test_recording_works_beside_an_attached_adapter(unet, call, recorder):
+    adapter = SubjectAdapter.from_unet(
+        unet, text_dim=TEXT_WIDTH, pooled_dim=POOLED, patch_dim=PATCH_WIDTH, num_patches=PATCHES
+    )
+    adapter.attach(unet)
+    install_recording(unet)
+    conditions = {"gligen": {"objs": adapter.condition(tiny_inputs(), (8, 8))}}
+    plain = unet(**call, cross_attention_kwargs=conditions).sample
+    recorded = unet(**call, cross_attention_kwargs={**conditions, "recorder": recorder}).sample
+    torch.testing.assert_close(recorded, plain, atol=1e-5, rtol=0)
+    assert list(recorder.maps) == supervised_layers(unet)
 
 
 # --- which layers

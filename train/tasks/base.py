@@ -69,15 +69,17 @@ class DiffusionData:
 
     def __init__(self, settings: TrainSettings, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device) -> None:
         self.settings, self.device, self.vae, self.tokenizer = settings, device, vae, tokenizer
-        clip, _ = load_open_clip(input_folder(settings, "clip"))
-        self.image_encoder = SubjectImageEncoder.from_open_clip(clip).eval().requires_grad_(False)
+        clip, config = load_open_clip(input_folder(settings, "clip"))
+        pixels = config["preprocess_cfg"]
+        encoder = SubjectImageEncoder.from_open_clip(clip, config["model_cfg"], pixels["mean"], pixels["std"])
+        self.image_encoder = encoder.eval().requires_grad_(False)
         vae.requires_grad_(False)
         same = settings.diffusion.reference == "same_image"
-        encoder = SceneEncoder(vae, self.image_encoder, device, same_image=same)
+        scene_encoder = SceneEncoder(vae, self.image_encoder, device, same_image=same)
         caches = settings.folder.parent
-        self.scenes = CachedScenes(settings.data, encoder, caches)
+        self.scenes = CachedScenes(settings.data, scene_encoder, caches)
         small = settings.data.model_copy(update={"cache_scenes": 64, "seed": settings.data.seed + 1})
-        self.unseen = CachedScenes(small, encoder, caches, split="val")
+        self.unseen = CachedScenes(small, scene_encoder, caches, split="val")
 
     def collate(self, scenes: list[EncodedScene]) -> DiffusionBatch:
         return diffusion_batch(scenes, self.tokenizer, self.settings.diffusion.supervise, self.device)
@@ -101,7 +103,7 @@ class BaseTask:
         clip_folder = input_folder(settings, "clip")
         clip, config = load_open_clip(clip_folder)
         self.tokenizer = CLIPTokenizer.from_pretrained(clip_folder / "tokenizer")
-        self.text_encoder: CLIPTextModel = convert_text_tower(clip, config, self.tokenizer)
+        self.text_encoder: CLIPTextModel = convert_text_tower(clip, config["model_cfg"], self.tokenizer)
         torch.manual_seed(settings.seed)
         self.unet = UNet2DConditionModel(**architecture["unet"])
         self.scheduler = DDIMScheduler(**architecture["scheduler"])

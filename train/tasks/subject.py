@@ -112,7 +112,7 @@ class SubjectTask:
         generator = torch.Generator().manual_seed(seed)
         config = self.model.unet.config
         shape = (len(inputs), config.in_channels, config.sample_size, config.sample_size)
-        latents = initial_latents(self.scheduler, shape, generator, self.data.device, torch.float32)
+        latents = initial_latents(self.scheduler, shape, steps=25, generator=generator, device=self.data.device)
         latents = denoise(self.model, self.scheduler, latents, inputs, steps=25, text_scale=3.0, guidance="joint")
         return self.data.draw(latents)
 
