@@ -13,10 +13,10 @@ $(STAMP): setup.cfg pyproject.toml
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(RUN) generate --config configs/infer/demo.yaml
+	@$(RUN) generate --config configs/infer/demo.yaml
 
 test: lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-slow: lint
 	$(PYTHON) -m pytest -m "slow or browser"

@@ -2,7 +2,7 @@
 
     load_settings(TrainSettings, [Path("a.yaml"), Path("b.yaml")], ["optimizer.learning_rate=1e-4"])
 
-Later files win key by key. A key that does not exist is refused with the nearest one that does; every mistake is one line.
+Later files win key by key. An unknown key is refused with the nearest known one; every mistake is one line.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _merge(target: dict[str, Any], update: dict[str, Any], origin: dict[str, str], source: str, prefix: str = "") -> None:
+def _merge(
+    target: dict[str, Any], update: dict[str, Any], origin: dict[str, str], source: str, prefix: str = ""
+) -> None:
     for key, value in update.items():
         path = f"{prefix}{key}"
         origin[path] = source

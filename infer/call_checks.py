@@ -20,7 +20,7 @@ def subjects_each(
     subjects: Sequence[Subject] | Sequence[Sequence[Subject]] | None, count: int
 ) -> list[tuple[Subject, ...]]:
     """One list of subjects for all prompts, or as many lists as there are prompts."""
-    given = list(subjects or ())
+    given: list[Subject | Sequence[Subject]] = list(subjects or ())
     flat = tuple(entry for entry in given if isinstance(entry, Subject))
     if len(flat) == len(given):
         return [flat] * count

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from data_pipeline.errors import run_command
 
-# Name -> module with `main(argv) -> int`, and one line of help. Modules load when they are called, so that help is quick.
+# Name -> module with `main(argv) -> int`, and a line of help. Modules load when called, so that help is quick.
 COMMANDS = {
     "train": ("train.command", "train one model from a configuration; resumes by itself"),
     "generate": ("infer.generate", "draw pictures of given subjects"),

@@ -108,7 +108,8 @@ def run(settings: GenerateSettings) -> list[Path]:
 
     paths: list[Path] = []
     for seed, picture, boxes in _draw(pipeline, settings, subjects):
-        described = [_describe(a, box) for a, box in zip(arguments, boxes or [None] * len(arguments), strict=True)]
+        places: Sequence[Box | None] = boxes or [None] * len(arguments)
+        described = [_describe(argument, box) for argument, box in zip(arguments, places, strict=True)]
         record = PictureRecord(settings.prompt, seed, model, settings.model_dump(mode="json"), described)
         paths.append(write_picture(folder, picture, record))
         if len(paths) == 1:
@@ -156,14 +157,14 @@ def _parser() -> _Parser:
     add = parser.add_argument
     add("--config", action="append", metavar="FILE", help="YAML settings; several: later wins")
     add("--subject", action="append", dest="subjects", metavar="NAME=FILE", help=SUBJECT_HELP)
-    add("--prompt", help="what to draw; names each subject")
-    add("--negative-prompt", help="what to stay away from")
+    add("--prompt", metavar="TEXT", help="what to draw; names each subject")
+    add("--negative-prompt", metavar="TEXT", help="what to stay away from")
     add("--output", metavar="FOLDER", help="where pictures go, numbered on from what is there (outputs)")
-    add("--seed", type=int, help="of the first picture (0); the next ones count on")
+    add("--seed", type=int, metavar="N", help="of the first picture (0); the next ones count on")
     add("--num-images", type=int, metavar="N", help="number of pictures (1)")
     add("--batch-size", type=int, metavar="N", help="pictures drawn at once (1)")
-    add("--model", help="shipped name, folder or hub id (toybox)")
-    add("--base", help="another base for trained parts than the one they name")
+    add("--model", metavar="NAME", help="shipped name, folder or hub id (toybox)")
+    add("--base", metavar="NAME", help="another base for trained parts than the one they name")
     add("--steps", type=int, metavar="N", help="denoising steps")
     add("--guidance", choices=("separate", "joint", "none"), help="three branches, two, or one")
     add("--guidance-scale", type=float, metavar="X", help="how closely the text is followed")
@@ -172,7 +173,7 @@ def _parser() -> _Parser:
     add("--layout", choices=("seeded", "none"), help="places of subjects without a box")
     add("--cutout", choices=("auto", "alpha", "grabcut", "none"), help="how references lose their background (auto)")
     add("--size", metavar="N|WxH", help="pixels")
-    add("--device", help="auto, cpu, cuda, cuda:1, …")
+    add("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, …")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="of the weights (fp32)")
     add("--grid", action="store_true", default=None, help="also write grid.png with the references beside the pictures")
     return parser
@@ -215,7 +216,7 @@ def _load_pipeline(settings: GenerateSettings) -> SubjectDiffusionPipeline:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {device}: cannot be used ({reason}); expected auto, cpu or cuda") from error
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
-    pipeline = SubjectDiffusionPipeline.from_pretrained(settings.model, settings.base, torch_dtype=kind)
+    pipeline = SubjectDiffusionPipeline.from_pretrained(settings.model, settings.base, dtype=kind)
     return pipeline.to(device)
 
 

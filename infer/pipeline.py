@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ from model.subject_adapter import SubjectAdapter
 Guidance = Literal["separate", "joint", "none"]
 Layout = Literal["seeded", "none"]
 StepCallback = Callable[["SubjectDiffusionPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
-Generators = torch.Generator | list[torch.Generator] | None
+Generators: TypeAlias = "torch.Generator | list[torch.Generator] | None"
 
 
 @dataclass
@@ -77,6 +77,8 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
     _exclude_from_cpu_offload = ["text_encoder", "base_text_encoder", "adapter"]
     _optional_components = ["base_unet", "base_text_encoder"]
     _callback_tensor_inputs = ["latents"]
+    base_unet: UNet2DConditionModel | None
+    base_text_encoder: CLIPTextModel | None
 
     def __init__(
         self,
@@ -117,13 +119,14 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
         Args:
             name: what to load.
             base: for trained parts, another base than the one they name (its shapes must fit).
-            kwargs: as for `DiffusionPipeline.from_pretrained`, among them `torch_dtype` and components.
+            kwargs: as for `DiffusionPipeline.from_pretrained`, among them `dtype` and components.
         Raises:
             UserError: no such model, or not a model of this kind.
         """
         place = locate_model(name)
         if isinstance(place, Path) and (place / MANIFEST).exists():
-            components = load_trained_parts(place, base, kwargs.pop("torch_dtype", None))
+            dtype = kwargs.pop("torch_dtype", None)
+            components = load_trained_parts(place, base, kwargs.pop("dtype", dtype))
             return cls(**{**components, **kwargs})
         if base is not None:
             kwargs["base"] = base

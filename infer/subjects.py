@@ -123,9 +123,9 @@ def match_nouns(prompt: str, subjects: Sequence[Subject]) -> list[tuple[int, int
         UserError: the noun is missing, or mentioned less often than asked.
     """
     asked = Counter((entry.noun.lower(), entry.occurrence) for entry in subjects if entry.occurrence is not None)
-    for (noun, occurrence), count in asked.items():
+    for (noun, number), count in asked.items():
         if count > 1:
-            raise UserError(f"subject {noun}#{occurrence}: given {count} times; each occurrence takes one subject")
+            raise UserError(f"subject {noun}#{number}: given {count} times; each occurrence takes one subject")
     spans: list[tuple[int, int]] = []
     taken = set(asked)  # (noun, occurrence)
     for subject in subjects:
@@ -139,7 +139,7 @@ def match_nouns(prompt: str, subjects: Sequence[Subject]) -> list[tuple[int, int
         if occurrence is None:
             free = [k for k in range(1, len(mentions) + 1) if (noun, k) not in taken]
             plural = [k for k, span in enumerate(mentions, 1) if _is_plural(prompt, span)]
-            occurrence = next(iter(free + plural), len(mentions) + 1)
+            occurrence = (free + plural + [len(mentions) + 1])[0]
         if occurrence > len(mentions):
             raise UserError(
                 f"subject {subject.label}: the prompt {prompt!r} has {subject.noun!r} {len(mentions)} time(s), fewer "

@@ -43,7 +43,7 @@ class RecordingAttnProcessor(AttnProcessor2_0):
         super().__init__()
         self.layer = layer
 
-    def __call__(  # type: ignore[override]  # the stock signature ends in *args, which would hide unknown arguments
+    def __call__(
         self,
         attn: Attention,
         hidden_states: Tensor,
@@ -142,8 +142,7 @@ def install_recording(unet: UNet2DConditionModel, layers: Sequence[str] | None =
         if type(attention.processor) not in (AttnProcessor2_0, RecordingAttnProcessor):
             kind = type(attention.processor).__name__
             raise ValueError(f"attention maps: {name} has a {kind}; recording replaces stock processors only")
-        processor = RecordingAttnProcessor(name if name in recorded else None)
-        attention.set_processor(processor)  # type: ignore[arg-type]  # annotated with the oldest processor class only
+        attention.set_processor(RecordingAttnProcessor(name if name in recorded else None))
 
 
 def _attention_names(unet: UNet2DConditionModel, ending: str) -> list[str]:

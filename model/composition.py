@@ -130,9 +130,9 @@ class SubjectDiffusionModel(nn.Module):
             try:
                 found = [name for name in parameters if re.fullmatch(pattern, name)]
             except re.error as error:
-                raise ValueError(f"trained: {pattern!r} is no regular expression ({error})") from error
+                raise ValueError(f"trained: '{pattern}' is no regular expression ({error})") from error
             if not found:
-                raise ValueError(f"trained: {pattern!r} matches no parameter of unet.…, text_encoder.… or adapter.…")
+                raise ValueError(f"trained: '{pattern}' matches no parameter of unet.…, text_encoder.… or adapter.…")
             matched.update(found)
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in matched)

@@ -50,7 +50,9 @@ class SubjectImageEncoder(ModelMixin, ConfigMixin):
         std: tuple[float, float, float] = CLIP_STD,
     ) -> SubjectImageEncoder:
         """The image tower of an open_clip model; `config` is its `model_cfg`."""
-        encoder = cls(config["embed_dim"], config["vision_cfg"], bool(config.get("quick_gelu")), tuple(mean), tuple(std))
+        encoder = cls(
+            config["embed_dim"], config["vision_cfg"], bool(config.get("quick_gelu")), tuple(mean), tuple(std)
+        )
         encoder.visual.load_state_dict(clip.visual.state_dict())
         return encoder
 

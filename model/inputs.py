@@ -59,7 +59,10 @@ class SubjectInputs:
         """Rows [r0..rB, r0..rB, …]: the layout of guidance batches."""
         return replace(
             self,
-            **{f.name: getattr(self, f.name).repeat(times, *[1] * (getattr(self, f.name).dim() - 1)) for f in fields(self)},
+            **{
+                f.name: getattr(self, f.name).repeat(times, *[1] * (getattr(self, f.name).dim() - 1))
+                for f in fields(self)
+            },
         )
 
 

@@ -28,7 +28,9 @@ def load_open_clip(folder: Path) -> tuple[open_clip.CLIP, dict[str, Any]]:
         model_config = config["model_cfg"]
         state = load_file(folder / "open_clip_model.safetensors")
     except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}: not an open_clip folder ({error}); expected open_clip_config.json and weights") from error
+        raise ValueError(
+            f"{folder}: no open_clip folder ({error}); expected config and weights"
+        ) from error
     clip = open_clip.CLIP(**model_config)
     clip.load_state_dict(state)
     return clip, config
@@ -64,7 +66,13 @@ def _renamed(source: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
         "final_layer_norm.weight": source["ln_final.weight"],
         "final_layer_norm.bias": source["ln_final.bias"],
     }
-    plain = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    plain = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
     for layer in range(layers):
         here, there = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
         for kind in ("weight", "bias"):

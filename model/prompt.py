@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from tokenizers import AddedToken
@@ -17,7 +16,6 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 PLACEHOLDER = "<subject>"
-Supervise = Literal["placeholder", "noun", "caption"]
 Span = tuple[int, int]
 
 
@@ -114,15 +112,15 @@ def encode_ids(tokenizer: CLIPTokenizer, text: str, *, shorten: bool = False) ->
 def supervised_weights(
     prompts: Sequence[SubjectPrompt],
     num_subjects: int,
-    supervise: Collection[Supervise],
+    supervise: Collection[str],
 ) -> Tensor:
     """Averaging weights that turn attention to L tokens into attention to S subjects.
 
     Args:
         prompts: B prompts of at most `num_subjects` subjects.
         num_subjects: S, the padded number of subjects.
-        supervise: which tokens count, every sub-token alike: the placeholder, the noun in the suffix, the noun in the
-            caption (where its span is known).
+        supervise: which tokens count, every sub-token alike: any of "placeholder", "noun" (in the suffix) and "caption"
+            (the noun in the caption, where its span is known).
     Returns:
         (B, S, L) float32; each row sums to 1, or to 0 where there is no subject or no supervised token.
     """

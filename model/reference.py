@@ -32,14 +32,15 @@ def prepare_reference(
     rows, columns = np.flatnonzero(opaque.any(axis=1)), np.flatnonzero(opaque.any(axis=0))
     if not len(rows):
         raise ValueError("the cut-out is empty: no pixel is opaque; give another image or mask")
-    part = cutout[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32) / 255
+    part: np.ndarray = cutout[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32) / 255
     part[..., :3] *= part[..., 3:]  # premultiplied, so that resizing does not bleed hidden colours into the edge
     scale = fill * size / max(part.shape[:2])
     height, width = max(1, round(part.shape[0] * scale)), max(1, round(part.shape[1] * scale))
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     part = cv2.resize(part, (width, height), interpolation=method).clip(0, 1)
+    frame: np.ndarray
     if background is None:
-        frame = np.full((size, size, 3), MID_GREY / 255, np.float32)
+        frame: np.ndarray = np.full((size, size, 3), MID_GREY / 255, np.float32)
     else:
         frame = cv2.resize(background, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
     top, left = (size - height) // 2, (size - width) // 2

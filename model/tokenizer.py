@@ -49,7 +49,7 @@ def train_tokenizer(
     pieces = dict.fromkeys([*byte_tokens, *(left + right for left, right in merges), START, END])
     tokenizer = CLIPTokenizer(
         vocab={piece: index for index, piece in enumerate(pieces)},
-        merges=merges,  # type: ignore[arg-type]  # pairs are what the byte-pair model takes; the annotation is too narrow
+        merges=merges,
         model_max_length=model_max_length,
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,9 @@ def fetch(package: str, folder: Path) -> Path:
 def read_cutout(path: Path) -> np.ndarray:
     """(128, 128, 4) RGBA uint8, resized with premultiplied alpha so that edges stay clean."""
     bgra = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    rgba = cv2.cvtColor(bgra, cv2.COLOR_BGRA2RGBA).astype(np.float32) / 255
+    if bgra is None:
+        raise SystemExit(f"error: {path}: not a picture")
+    rgba: np.ndarray = cv2.cvtColor(bgra, cv2.COLOR_BGRA2RGBA).astype(np.float32) / 255
     rgba[..., :3] *= rgba[..., 3:]
     small = cv2.resize(rgba, (CUTOUT_SIZE, CUTOUT_SIZE), interpolation=cv2.INTER_AREA)
     small[..., :3] /= np.maximum(small[..., 3:], 1e-3)

@@ -50,15 +50,13 @@ def write_checkpoint(
         part.rename(target)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{target}: the checkpoint cannot be written ({error.strerror}); free the disk and rerun") from error
+        raise UserError(f"{target}: cannot be written ({error.strerror}); free the disk and rerun") from error
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
 
 
-def read_checkpoint(
-    folder: Path, module: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> int:
+def read_checkpoint(folder: Path, module: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Load the newest checkpoint in place.
 
     Returns:
@@ -89,9 +87,7 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{key}": value for index, entry in state["state"].items() for key, value in entry.items()
-    }
+    tensors = {f"{index}.{key}": value for index, entry in state["state"].items() for key, value in entry.items()}
     return _contiguous(tensors), state["param_groups"]
 
 

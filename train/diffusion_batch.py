@@ -27,7 +27,7 @@ class DiffusionBatch:
 def diffusion_batch(
     scenes: Sequence[EncodedScene], tokenizer: CLIPTokenizer, supervise: Sequence[str], device: torch.device
 ) -> DiffusionBatch:
-    """Pad scenes to a common number of subjects and references; the caption is shortened where the prompt is too long."""
+    """Pad scenes to a common number of subjects and references; captions of too long prompts are shortened."""
     prompts = [build_prompt(tokenizer, s.caption, s.nouns, spans=s.spans, shorten=True) for s in scenes]
     rows, subjects = len(scenes), max(1, *(len(s.nouns) for s in scenes))
     references = max(1, *(max(s.reference_counts, default=0) for s in scenes))

@@ -66,12 +66,11 @@ class SceneEncoder:
     def prepare(self, scene: ToyboxScene) -> tuple[ToyboxScene, list[Tensor]]:
         """References as the image tower takes them; runs in the rendering processes."""
         size = self.image_encoder.image_size
+        cutouts: list[tuple[np.ndarray, np.ndarray | None]]
         if self.same_image:
             cutouts = [(same_image_reference(scene, entity), None) for entity in scene.entities]
         else:
-            cutouts = [
-                pair for e in scene.entities for pair in zip(e.references, e.reference_backgrounds, strict=True)
-            ]
+            cutouts = [pair for e in scene.entities for pair in zip(e.references, e.reference_backgrounds, strict=True)]
         return scene, [prepare_reference(cutout, size, background) for cutout, background in cutouts]
 
     @torch.no_grad()
@@ -196,9 +195,15 @@ def read_scenes(path: Path) -> list[EncodedScene]:
         entities, references = entity + len(nouns), reference + sum(counts)
         scenes.append(
             EncodedScene(
-                latents, caption, tuple(nouns), tuple((a, b) for a, b in spans),
-                tensors["boxes"][entity:entities], tensors["masks"][entity:entities],
-                tensors["pooled"][reference:references], tensors["patches"][reference:references], tuple(counts),
+                latents,
+                caption,
+                tuple(nouns),
+                tuple((a, b) for a, b in spans),
+                tensors["boxes"][entity:entities],
+                tensors["masks"][entity:entities],
+                tensors["pooled"][reference:references],
+                tensors["patches"][reference:references],
+                tuple(counts),
             )  # fmt: skip
         )
         entity, reference = entities, references

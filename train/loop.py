@@ -59,7 +59,7 @@ def train(settings: TrainSettings) -> Path:
     task = build_task(settings, accelerator.device)
     module: nn.Module = task.module
     if settings.channels_last:
-        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module = module.to(memory_format=torch.channels_last)
     module = module.to(accelerator.device)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -78,7 +78,8 @@ def train(settings: TrainSettings) -> Path:
         count = sum(parameter.numel() for parameter in trained)
         print(
             f"{settings.name}: {count:,} trained parameters, {settings.steps:,} steps of {run.samples_a_step} samples on "
-            f"{accelerator.device} x {accelerator.num_processes}; " + (f"resumes at step {done:,}" if done else "from nothing")
+            f"{accelerator.device} x {accelerator.num_processes}; "
+            + (f"resumes at step {done:,}" if done else "from nothing")
         )
     run.go(done)
     return settings.folder / "export"
@@ -130,7 +131,9 @@ class _Run:
     def _steps(self, done: int) -> None:
         settings, main = self.settings, self.accelerator.is_main_process
         batches = iter(self._loader(done))
-        progress = tqdm(total=settings.steps, initial=done, disable=not main, mininterval=10, unit="step", desc=settings.name)
+        progress = tqdm(
+            total=settings.steps, initial=done, disable=not main, mininterval=10, unit="step", desc=settings.name
+        )
         clock, waited = time.perf_counter(), 0.0
         for step in range(done, settings.steps):
             waited += self._step(step, batches)
@@ -143,7 +146,11 @@ class _Run:
             last = finished == settings.steps
             if main and (finished % settings.checkpoint_every == 0 or last or self.stop_asked):
                 write_checkpoint(
-                    settings.folder / "checkpoints", finished, self.module, self.ema, self._raw_optimizer(),
+                    settings.folder / "checkpoints",
+                    finished,
+                    self.module,
+                    self.ema,
+                    self._raw_optimizer(),
                     keep=settings.checkpoints_kept,
                 )
             if main and (finished % settings.validate_every == 0 or last):
@@ -175,7 +182,9 @@ class _Run:
             start = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - start
-            seed = hash((settings.seed, self.accelerator.process_index, step * settings.accumulate + part)) & (2**62 - 1)
+            seed = hash((settings.seed, self.accelerator.process_index, step * settings.accumulate + part)) & (
+                2**62 - 1
+            )
             generator = torch.Generator().manual_seed(seed)
             with self.accelerator.autocast():
                 loss, metrics = self.wrapped(batch, generator, step)
@@ -191,7 +200,9 @@ class _Run:
         else:
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= 10:
-                raise UserError(f"{settings.name}: gradients were not finite in 10 steps on end (last: step {step}); lower optimizer.learning_rate")
+                raise UserError(
+                    f"{settings.name}: gradients were not finite in 10 steps on end (last: step {step}); lower optimizer.learning_rate"
+                )
         self.optimizer.zero_grad(set_to_none=True)
         return waited
 
@@ -225,7 +236,9 @@ class _Run:
             metrics = self.task.validate(folder / f"step-{step:08d}.png")
         with open(self.settings.folder / "validation.jsonl", "a") as handle:
             handle.write(json.dumps({"step": step, **metrics}) + "\n")
-        tqdm.write(f"{self.settings.name}  step {step:,}  validation  " + "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
+        tqdm.write(
+            f"{self.settings.name}  step {step:,}  validation  " + "  ".join(f"{n} {v:.4g}" for n, v in metrics.items())
+        )
 
     def _export(self) -> None:
         with self._averaged():

@@ -47,7 +47,9 @@ class SubjectArchive:
                 index = json.loads(archive.read("subjects.json"))
                 self._encoded = {entry["id"]: archive.read(f"{entry['id']}.webp") for entry in index}
         except (OSError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: not a subject archive ({error}); build it with scripts/build_toybox_archive.py") from error
+            raise UserError(
+                f"{path}: not a subject archive ({error}); build it with scripts/build_toybox_archive.py"
+            ) from error
         self.subjects: tuple[ToyboxSubject, ...] = tuple(ToyboxSubject(**entry) for entry in index)
         self._decoded: dict[str, np.ndarray] = {}
 
@@ -60,5 +62,6 @@ class SubjectArchive:
         if subject_id not in self._decoded:
             data = np.frombuffer(self._encoded[subject_id], np.uint8)
             bgra = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+            assert bgra is not None, subject_id
             self._decoded[subject_id] = np.ascontiguousarray(cv2.cvtColor(bgra, cv2.COLOR_BGRA2RGBA))
         return self._decoded[subject_id]

@@ -37,7 +37,9 @@ def _noise(rng: Generator, size: int, cells: int, cells_y: int | None = None) ->
     return cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 1)
 
 
-def _mix(first: np.ndarray | tuple[float, ...], second: np.ndarray | tuple[float, ...], share: np.ndarray) -> np.ndarray:
+def _mix(
+    first: np.ndarray | tuple[float, ...], second: np.ndarray | tuple[float, ...], share: np.ndarray
+) -> np.ndarray:
     a, b = np.asarray(first, np.float32), np.asarray(second, np.float32)
     return a + (b - a) * share[..., None]
 
@@ -121,13 +123,16 @@ def _lawn(rng: Generator, size: int) -> np.ndarray:
 
 def _desert(rng: Generator, size: int) -> np.ndarray:
     near = _mix((0.93, 0.6, 0.28), (0.8, 0.45, 0.2), _noise(rng, size, 3, 12))
-    picture = _horizon(rng, size, _sky(rng, size, (0.98, 0.8, 0.5), (1.0, 0.92, 0.72), 0.0), near * 0.85 + 0.12, 0.42, 0.3)
+    picture = _horizon(
+        rng, size, _sky(rng, size, (0.98, 0.8, 0.5), (1.0, 0.92, 0.72), 0.0), near * 0.85 + 0.12, 0.42, 0.3
+    )
     return _horizon(rng, size, picture, near, 0.62, 0.35)
 
 
 def _lake(rng: Generator, size: int) -> np.ndarray:
     water = _mix((0.15, 0.4, 0.6), (0.35, 0.62, 0.78), (_noise(rng, size, 3, 22) * 1.2 - 0.1).clip(0, 1))
-    hills = _horizon(rng, size, _sky(rng, size, (0.6, 0.8, 0.95), (0.9, 0.95, 1.0)), np.full((size, size, 3), (0.3, 0.5, 0.38), np.float32), 0.3, 0.3)  # fmt: skip
+    far = np.full((size, size, 3), (0.3, 0.5, 0.38), np.float32)
+    hills = _horizon(rng, size, _sky(rng, size, (0.6, 0.8, 0.95), (0.9, 0.95, 1.0)), far, 0.3, 0.3)
     return _horizon(rng, size, hills, water, 0.42, 0.0)
 
 
@@ -137,9 +142,9 @@ def _city(rng: Generator, size: int) -> np.ndarray:
     for left in np.linspace(0, 0.92, 7):
         top, width = rng.uniform(0.25, 0.65), rng.uniform(0.11, 0.17)
         wall = (x >= left) & (x < left + width) & (y > top)
-        picture = np.where(wall[..., None], np.float32((0.12, 0.11, 0.22)), picture)
+        picture = np.where(wall[..., None], np.array((0.12, 0.11, 0.22), np.float32), picture)
         lit = wall & ((x * 24) % 1 > 0.55) & ((y * 20) % 1 > 0.55) & (_noise(rng, size, 9) > 0.4)
-        picture = np.where(lit[..., None], np.float32((1.0, 0.85, 0.4)), picture)
+        picture = np.where(lit[..., None], np.array((1.0, 0.85, 0.4), np.float32), picture)
     return picture
 
 
@@ -159,8 +164,8 @@ def _library(rng: Generator, size: int) -> np.ndarray:
     colours = cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB).astype(np.float32) / 255
     picture = colours[shelf, book]
     short = ((y * 4) % 1) < rng.uniform(0.1, 0.35, (4, 16)).astype(np.float32)[shelf, book]
-    picture = np.where(short[..., None], np.float32((0.18, 0.1, 0.06)), picture)
-    return np.where((((y * 4) % 1) > 0.9)[..., None], np.float32((0.45, 0.28, 0.15)), picture)
+    picture = np.where(short[..., None], np.array((0.18, 0.1, 0.06), np.float32), picture)
+    return np.where((((y * 4) % 1) > 0.9)[..., None], np.array((0.45, 0.28, 0.15), np.float32), picture)
 
 
 def _autumn(rng: Generator, size: int) -> np.ndarray:
@@ -203,7 +208,7 @@ def _street(rng: Generator, size: int) -> np.ndarray:
 
 def _studio(rng: Generator, size: int) -> np.ndarray:
     x, y = _grid(size)
-    hsv = np.uint8([[[rng.integers(0, 180), 60, 235]]])
+    hsv = np.array([[[rng.integers(0, 180), 60, 235]]], np.uint8)
     colour = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0].astype(np.float32) / 255
     return _mix(tuple(colour), tuple(colour * 0.72), (np.hypot(x - 0.5, y - 0.4) * 1.3).clip(0, 1))
 

@@ -1,7 +1,7 @@
 """Captions of toybox scenes: true places and relations, and no more about a subject than its reference must give.
 
-The colour is named in at most a third of the captions, and the noun gives way to its group word (animal, fruit, vehicle,
-toy, thing …) for at least half of the entities, so that the text alone cannot draw the subject.
+The colour is named in at most a third of the captions, and the noun gives way to its group word (animal, fruit,
+vehicle, toy, thing …) for at least half of the entities, so that the text alone cannot draw the subject.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ Box = tuple[float, float, float, float]
 
 COLOUR_SHARE = 0.25  # of the captions with subjects name one colour
 GROUP_SHARE = 0.6  # of the entities are named by their group word
-_HUES = ((8, "red"), (20, "orange"), (33, "yellow"), (80, "green"), (100, "turquoise"), (128, "blue"), (150, "purple"), (170, "pink"), (181, "red"))  # fmt: skip
+_HUES = {
+    8: "red",
+    20: "orange",
+    33: "yellow",
+    80: "green",
+    100: "turquoise",
+    128: "blue",
+    150: "purple",
+    170: "pink",
+    181: "red",
+}  # upper ends, OpenCV's hues
 COLOURS = ("red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink", "white", "black", "grey", "brown")
 
 
@@ -53,14 +63,16 @@ def colour_name(rgba: np.ndarray) -> str:
         return "white" if value > 190 else "grey"
     if hue < 22 and value < 170:
         return "brown"
-    return next(name for limit, name in _HUES if hue < limit)
+    return next(name for limit, name in _HUES.items() if hue < limit)
 
 
 def write_caption(mentions: Sequence[Mention], background: str, rng: Generator) -> Caption:
     """A caption of the entities, in their order, on a background."""
     place = BACKGROUNDS[background]
     if not mentions:
-        return Caption(str(rng.choice([place.alone, f"a picture of {place.alone}", f"nothing but {place.alone}"])), (), ())
+        return Caption(
+            str(rng.choice([place.alone, f"a picture of {place.alone}", f"nothing but {place.alone}"])), (), ()
+        )
     nouns = [m.group_word if rng.random() < GROUP_SHARE else m.noun for m in mentions]
     coloured = int(rng.integers(len(mentions))) if rng.random() < COLOUR_SHARE else -1
     phrases = [_phrase(nouns, i, mentions[i].colour if i == coloured else "") for i in range(len(nouns))]

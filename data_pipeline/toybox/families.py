@@ -19,7 +19,9 @@ GROUPS = {
     "Activities": "Activities",
     "Objects": "Objects",
 }
-_TAIL = re.compile(r" (with|of|showing|behind|in|on|over|to|without|from|tilted|left|right|face|low|medium|high|volume)\b.*")
+_TAIL = re.compile(
+    r" (with|of|showing|behind|in|on|over|to|without|from|tilted|left|right|face|low|medium|high|volume)\b.*"
+)
 _NOUN_BY_PATTERN = (
     (re.compile(r"o’clock|-thirty"), "clock"),
     (re.compile(r"\bmoon\b(?! cake| viewing)"), "moon"),
@@ -37,20 +39,44 @@ _NOUN_BY_PATTERN = (
     (re.compile(r"\bpig\b|\bboar\b"), "pig"),
     (re.compile(r"shoe$|boot$|sandal|skate$"), "shoe"),
 )
-_GROUP_WORDS = (
-    ("plant", r"bouquet|blossom|flower|lotus|rosette|rose\b|hibiscus|tulip|hyacinth|seedling|plant|tree|cactus|sheaf|herb|shamrock|clover|leaf|mushroom|coral|decoration"),
-    ("fruit", r"grapes|melon|tangerine|lemon|banana|pineapple|mango|apple|pear|peach|cherries|strawberry|blueberries|kiwi|coconut|avocado|olive|tomato"),
-    ("vegetable", r"eggplant|potato|carrot|ear of corn|pepper|cucumber|leafy|broccoli|garlic|onion|beans|pea pod|ginger"),
-    ("drink", r"milk|beverage|teapot|teacup|sake|bottle|glass\b|cocktail|tropical drink|beer|glasses\b(?<=clinking glasses)|liquid|cup with straw|bubble tea|mate"),
-    ("vehicle", r"train|locomotive|car\b|rail\b|metro|tram|bus|ambulance|engine|taxi|automobile|vehicle|truck|lorry|tractor|motor|wheelchair|rickshaw|bicycle|scooter|skateboard|sailboat|canoe|boat|ship|ferry|airplane|helicopter|rocket|saucer|railway|cableway|tramway|monorail"),
-    ("building", r"stadium|building|house|hut|office|hospital|bank$|hotel|store|school|factory|castle|wedding|tower|church|mosque|temple|synagogue|shrine|kaaba|tent|station"),
-    ("clock", r"clock|thirty|watch|hourglass"),
-    ("garment", r"coat|vest|necktie|shirt|jeans|scarf|gloves|socks|dress|kimono|sari|swimsuit|briefs|shorts|bikini|clothes|shoe|boot|sandal|hat$|cap$|helmet|crown|uniform"),
-    ("instrument", r"saxophone|trumpet|accordion|guitar|keyboard|violin|banjo|drum|maracas|flute|horn$|trombone|harp"),
-    ("tool", r"hammer|axe|pick|saw|wrench|screwdriver|clamp|scissors|ruler|broom|shovel|plunger|ladder|knife|fork|spoon|chopsticks|magnet|pencil|pen$|paintbrush|crayon|brush"),
-    ("ball", r"ball$|yo-yo|yarn"),
-    ("toy", r"teddy|puzzle|kite|doll|piñata|balloon|die$|joystick|video game|pistol|magic wand|chess"),
-)  # fmt: skip
+_GROUP_WORDS = {  # group word -> patterns of names, first match wins
+    "plant": (
+        r"bouquet|blossom|flower|lotus|rosette|rose\b|hibiscus|tulip|hyacinth|seedling|plant|tree|cactus|sheaf|"
+        r"herb|shamrock|clover|leaf|mushroom|coral|decoration"
+    ),
+    "fruit": (
+        r"grapes|melon|tangerine|lemon|banana|pineapple|mango|apple|pear|peach|cherries|strawberry|blueberries|"
+        r"kiwi|coconut|avocado|olive|tomato"
+    ),
+    "vegetable": (
+        r"eggplant|potato|carrot|ear of corn|pepper|cucumber|leafy|broccoli|garlic|onion|beans|pea pod|ginger"
+    ),
+    "drink": (
+        r"milk|beverage|teapot|teacup|sake|bottle|glass\b|cocktail|tropical drink|beer|"
+        r"glasses\b(?<=clinking glasses)|liquid|cup with straw|bubble tea|mate"
+    ),
+    "vehicle": (
+        r"train|locomotive|car\b|rail\b|metro|tram|bus|ambulance|engine|taxi|automobile|vehicle|truck|lorry|"
+        r"tractor|motor|wheelchair|rickshaw|bicycle|scooter|skateboard|sailboat|canoe|boat|ship|ferry|airplane|"
+        r"helicopter|rocket|saucer|railway|cableway|tramway|monorail"
+    ),
+    "building": (
+        r"stadium|building|house|hut|office|hospital|bank$|hotel|store|school|factory|castle|wedding|tower|"
+        r"church|mosque|temple|synagogue|shrine|kaaba|tent|station"
+    ),
+    "clock": (r"clock|thirty|watch|hourglass"),
+    "garment": (
+        r"coat|vest|necktie|shirt|jeans|scarf|gloves|socks|dress|kimono|sari|swimsuit|briefs|shorts|bikini|"
+        r"clothes|shoe|boot|sandal|hat$|cap$|helmet|crown|uniform"
+    ),
+    "instrument": (r"saxophone|trumpet|accordion|guitar|keyboard|violin|banjo|drum|maracas|flute|horn$|trombone|harp"),
+    "tool": (
+        r"hammer|axe|pick|saw|wrench|screwdriver|clamp|scissors|ruler|broom|shovel|plunger|ladder|knife|fork|"
+        r"spoon|chopsticks|magnet|pencil|pen$|paintbrush|crayon|brush"
+    ),
+    "ball": (r"ball$|yo-yo|yarn"),
+    "toy": (r"teddy|puzzle|kite|doll|piñata|balloon|die$|joystick|video game|pistol|magic wand|chess"),
+}
 _DEFAULT_WORD = {"Animals": "animal", "Food": "food item"}
 
 
@@ -66,7 +92,7 @@ def noun_of(name: str) -> str:
 
 def group_word_of(name: str, group: str) -> str:
     """The word that may stand for the noun: animal, fruit, vehicle, toy, thing …"""
-    for word, pattern in _GROUP_WORDS:
+    for word, pattern in _GROUP_WORDS.items():
         if re.search(pattern, name) and not (group == "Animals" and word not in ("plant",)):
             return word
     return _DEFAULT_WORD.get(group, "thing")
@@ -82,7 +108,7 @@ def picture_hash(rgba: np.ndarray) -> np.ndarray:
 
 
 def families(names: Sequence[str], hashes: Sequence[np.ndarray], *, threshold: float = 0.045) -> list[str]:
-    """A family name for each emoji: union of equal nouns and of pictures whose mean hash distance is below `threshold`."""
+    """A family name for each emoji: union of equal nouns and of pictures nearer than `threshold` (mean hash distance).
     parent = list(range(len(names)))
 
     def root(index: int) -> int:

@@ -34,9 +34,7 @@ _ANGLES = np.linspace(0, 2 * np.pi, 120, endpoint=False)
 
 
 def _blob(rng: Generator) -> np.ndarray:
-    radius = 1.0 + sum(
-        rng.uniform(0, 0.35) / k * np.cos(k * _ANGLES + rng.uniform(0, 2 * np.pi)) for k in range(2, 6)
-    )
+    radius = 1.0 + sum(rng.uniform(0, 0.35) / k * np.cos(k * _ANGLES + rng.uniform(0, 2 * np.pi)) for k in range(2, 6))
     return _fill(_polar(np.asarray(radius), _ANGLES, rng.uniform(0.8, 1.25)))
 
 
@@ -136,7 +134,11 @@ def _shaded(colour: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Soft light from the upper left, from a dome over the silhouette."""
     dome = np.sqrt(cv2.distanceTransform((mask > 127).astype(np.uint8), cv2.DIST_L2, 5))
     dome = cv2.GaussianBlur(dome, (0, 0), 4)
-    light = 0.85 - 0.35 * cv2.Sobel(dome, cv2.CV_32F, 1, 0, ksize=3) / 4 - 0.35 * cv2.Sobel(dome, cv2.CV_32F, 0, 1, ksize=3) / 4
+    light = (
+        0.85
+        - 0.35 * cv2.Sobel(dome, cv2.CV_32F, 1, 0, ksize=3) / 4
+        - 0.35 * cv2.Sobel(dome, cv2.CV_32F, 0, 1, ksize=3) / 4
+    )
     light = light.clip(-0.4, 1.6)[..., None] * -1 + 1.75
     return (colour * light.clip(0.45, 1.35)).clip(0, 1)
 
@@ -155,7 +157,9 @@ def procedural_subject(seed: int) -> tuple[ToyboxSubject, np.ndarray]:
             cv2.circle(colour, centre, _SIZE // 21, (1.0, 1.0, 1.0), -1, cv2.LINE_AA)
             cv2.circle(colour, centre, _SIZE // 42, (0.05, 0.05, 0.05), -1, cv2.LINE_AA)
     rgba = np.dstack([colour * 255, mask.astype(np.float32)])
-    rgba = cv2.resize(rgba, (CUTOUT_SIZE, CUTOUT_SIZE), interpolation=cv2.INTER_AREA).round().clip(0, 255).astype(np.uint8)
+    rgba = (
+        cv2.resize(rgba, (CUTOUT_SIZE, CUTOUT_SIZE), interpolation=cv2.INTER_AREA).round().clip(0, 255).astype(np.uint8)
+    )
     word = "animal" if kind == "creature" else "thing"
     subject = ToyboxSubject(f"procedural-{seed}", kind, kind, "Objects", word, f"procedural-{seed}", "train")
     return subject, rgba

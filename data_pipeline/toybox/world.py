@@ -111,7 +111,9 @@ class ToyboxWorld:
             subject, cutout = subjects[i]
             views, behind = self._references(cutout, rng)
             entities.append(
-                ToyboxEntity(subject, caption.nouns[position], caption.spans[position], truths[position], masks[i], views, behind)
+                ToyboxEntity(
+                    subject, caption.nouns[position], caption.spans[position], truths[position], masks[i], views, behind
+                )
             )
         return ToyboxScene(index, image, caption.text, background, tuple(entities))
 
@@ -200,7 +202,9 @@ def vary(cutout: np.ndarray, rng: Generator, *, pixels: float, degrees: float, h
         view = view[:, ::-1]
     alpha = view[..., 3:]
     # Contrast about mid-grey and light, on premultiplied colours.
-    colour = ((view[..., :3] * np.float32(contrast) + alpha * np.float32(0.5 - 0.5 * contrast + light)) * tint).clip(0, alpha)
+    colour = ((view[..., :3] * np.float32(contrast) + alpha * np.float32(0.5 - 0.5 * contrast + light)) * tint).clip(
+        0, alpha
+    )
     size = view.shape[0]
     diagonal = int(size * 1.42) + 2
     matrix = cv2.getRotationMatrix2D(((size - 1) / 2, (size - 1) / 2), turn, 1.0)
@@ -237,11 +241,17 @@ def compose(
     Returns:
         (size, size, 3) uint8 and, for each placement, its visible part as (size, size) bool.
     """
-    canvas = np.dstack([_background(background, number, size).astype(np.float32) / 255, np.ones((size, size), np.float32)])
+    canvas = np.dstack(
+        [_background(background, number, size).astype(np.float32) / 255, np.ones((size, size), np.float32)]
+    )
     masks: list[np.ndarray] = []
     for placement in placements:
         _shadow(canvas, placement)
-        view = placement.cutout if placement.cutout.dtype == np.float32 else _premultiplied(placement.cutout) / np.float32(255)
+        view = (
+            placement.cutout
+            if placement.cutout.dtype == np.float32
+            else _premultiplied(placement.cutout) / np.float32(255)
+        )
         alpha = _paste(canvas, view, placement.centre, placement.side)
         masks = [mask & (alpha < 0.5) for mask in masks] + [alpha >= 0.5]
     return (canvas[..., :3].clip(0, 1) * 255).round().astype(np.uint8), masks

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel
 
 from data_pipeline.errors import UserError
 from infer.pipeline import SubjectDiffusionPipeline
 from infer.subjects import Subject
+from model.saving import save_subject_model
 from tests.infer.tiny_model import TinyModel
 
 Cutout = Callable[..., Image.Image]
@@ -196,7 +197,7 @@ def test_a_saved_pipeline_loads_again_and_draws_the_same(
 def test_half_precision_draws_nearly_the_same(
     tiny_model: TinyModel, loaded_pipeline: SubjectDiffusionPipeline, cutout: Cutout
 ) -> None:
-    half = SubjectDiffusionPipeline.from_pretrained(tiny_model.subject, torch_dtype=torch.bfloat16)
+    half = SubjectDiffusionPipeline.from_pretrained(tiny_model.subject, dtype=torch.bfloat16)
     assert half.unet.dtype == half.adapter.dtype == half.image_encoder.dtype == torch.bfloat16
     subjects = [Subject("dog", [cutout()])]
     exact = draw(loaded_pipeline, "a dog", subjects, guidance="none")
@@ -241,3 +242,51 @@ def test_an_argument_that_cannot_work_is_named_in_one_line(
     with pytest.raises(UserError) as error:
         loaded_pipeline(**{"prompt": "a dog", **options})
     assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_full_folder_written_by_the_trainer_loads_in_half_precision(
+    loaded_pipeline: SubjectDiffusionPipeline, cutout: Cutout, tmp_path: Path
+) -> None:
+    save_subject_model(
+        tmp_path,
+        loaded_pipeline.subject_model,
+        base="toybox",
+        trained=[],
+        parts="all",
+        image_encoder=loaded_pipeline.image_encoder,
+        card="tiny",
+        vae=loaded_pipeline.vae,
+        tokenizer=loaded_pipeline.tokenizer,
+        scheduler=loaded_pipeline.scheduler,
+    )
+    full = SubjectDiffusionPipeline.from_pretrained(tmp_path)
+    subjects = [Subject("dog", [cutout()])]
+    torch.testing.assert_close(
+        draw(full, "a dog", subjects), draw(loaded_pipeline, "a dog", subjects), atol=1e-4, rtol=1e-4
+    )
+    half = SubjectDiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.adapter.dtype == half.unet.dtype == torch.bfloat16
+    assert draw(half, "a dog", subjects, output_type="pil")[0].size == (64, 64)
+
+
+def test_taking_over_without_a_known_base_is_refused(loaded_pipeline: SubjectDiffusionPipeline) -> None:
+    parts = {name: part for name, part in loaded_pipeline.components.items() if not name.startswith("base")}
+    with pytest.raises(UserError, match="needs the plain base"):
+        draw(SubjectDiffusionPipeline(**parts), "a dog", subject_until=0.5)
+
+
+def test_trained_parts_over_another_base_of_the_same_shape_are_drawn_on_request(
+    tiny_model: TinyModel, cutout: Cutout, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    other = StableDiffusionPipeline.from_pretrained(tiny_model.base, safety_checker=None)
+    torch.nn.init.normal_(other.unet.conv_out.weight, std=0.1)
+    other.save_pretrained(tmp_path)
+    pipeline = SubjectDiffusionPipeline.from_pretrained(tiny_model.subject, base=str(tmp_path))
+    assert torch.equal(pipeline.unet.conv_out.weight, other.unet.conv_out.weight)
+    assert draw(pipeline, "a dog", [Subject("dog", [cutout()])]).isfinite().all()
+
+
+def test_a_plain_base_is_no_subject_model(tiny_model: TinyModel) -> None:
+    with pytest.raises(UserError, match="plain base without subject adapter"):
+        SubjectDiffusionPipeline.from_pretrained(tiny_model.base)

@@ -65,8 +65,8 @@ def test_a_reference_that_is_not_there_is_masked(adapter, inputs):
     assert not adapter.condition(inputs, SIZE).keep[0, PATCHES : 2 * PATCHES].any()
 
 
-def test_no_mask_is_made_when_every_token_counts(adapter, inputs):
-    both = replace(tiny_inputs((("a dog", ("dog",)), ("a mug", ("mug",)))))
+def test_no_mask_is_made_when_every_token_counts(adapter):
+    both = tiny_inputs((("a dog", ("dog",)), ("a mug", ("mug",))))
     condition = adapter.condition(both, SIZE)
     assert condition.keep is None and condition.log_strength is None and condition.token_boxes is None
 
@@ -138,8 +138,8 @@ def test_keys_and_values_are_cached_for_every_fuser_and_active_row(adapter, inpu
 
 
 def test_pictures_without_any_subject_slot_are_null_rows(adapter, inputs):
-    empty = {"noun_ids": 1, "pooled": 1, "patches": 1, "reference_keep": 1, "subject_keep": 1, "boxes": 1, "strength": 1}
-    inputs = replace(inputs, **{name: getattr(inputs, name)[:, :0] for name in empty})
+    per_subject = ("noun_ids", "pooled", "patches", "reference_keep", "subject_keep", "boxes", "strength")
+    inputs = replace(inputs, **{name: getattr(inputs, name)[:, :0] for name in per_subject})
     condition = adapter.condition(inputs, SIZE)
     assert condition.tokens.shape == (2, 0, TEXT_WIDTH) and condition.factor.eq(0).all()
     assert adapter.concepts(inputs, EMBEDDING).shape == (2, 0, TEXT_WIDTH)
@@ -246,4 +246,5 @@ def test_it_comes_back_from_its_folder_as_it_was(tmp_path, options):
 
 def test_it_loads_in_another_precision(tmp_path):
     tiny_adapter(tiny_unet(), awake=True).save_pretrained(tmp_path)
-    assert {p.dtype for p in SubjectAdapter.from_pretrained(tmp_path, dtype=torch.float16).parameters()} == {torch.float16}
+    loaded = SubjectAdapter.from_pretrained(tmp_path, dtype=torch.float16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float16}

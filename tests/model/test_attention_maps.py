@@ -59,7 +59,7 @@ def recorder() -> AttentionMapRecorder:
 
 
 @pytest.mark.parametrize("num_subjects", [0, 1, 3, 8])
-def test_maps_equal_softmax_and_the_output_stays(num_subjects):
+def test_maps_equal_softmax_and_the_output_stays(num_subjects) -> None:
     query, key, value = torch.randn(2, 4, 9, 16), torch.randn(2, 4, LENGTH, 16), torch.randn(2, 4, LENGTH, 16)
     weights = torch.rand(2, num_subjects, LENGTH)
     output, maps = attend_and_record(query, key, value, weights)
@@ -68,7 +68,7 @@ def test_maps_equal_softmax_and_the_output_stays(num_subjects):
     torch.testing.assert_close(output, probabilities @ value, atol=1e-6, rtol=0)
 
 
-def test_gradients_of_the_maps_reach_query_and_key():
+def test_gradients_of_the_maps_reach_query_and_key() -> None:
     query, key = torch.randn(1, 1, 4, 8, requires_grad=True), torch.randn(1, 1, LENGTH, 8, requires_grad=True)
     weights = torch.eye(LENGTH)[None, :2]
     attend_and_record(query, key, torch.randn(1, 1, LENGTH, 8), weights)[1].square().sum().backward()
@@ -78,7 +78,7 @@ def test_gradients_of_the_maps_reach_query_and_key():
     assert query.grad.abs().max() > 0
 
 
-def test_a_masked_token_gets_no_attention():
+def test_a_masked_token_gets_no_attention() -> None:
     mask = torch.ones(1, 1, 1, LENGTH, dtype=torch.bool)
     mask[..., 2] = False
     weights = torch.eye(LENGTH)[None]
@@ -90,7 +90,7 @@ def test_a_masked_token_gets_no_attention():
 # --- in the UNet
 
 
-def test_every_supervised_layer_writes_one_map_under_its_name(unet, call, recorder):
+def test_every_supervised_layer_writes_one_map_under_its_name(unet, call, recorder) -> None:
     install_recording(unet)
     unet(**call, cross_attention_kwargs={"recorder": recorder})
     assert list(recorder.maps) == supervised_layers(unet)
@@ -100,7 +100,7 @@ def test_every_supervised_layer_writes_one_map_under_its_name(unet, call, record
         assert maps.shape == (ROWS, heads, SUBJECTS, pixels)
 
 
-def test_maps_equal_probabilities_computed_outside(unet, call, recorder):
+def test_maps_equal_probabilities_computed_outside(unet, call, recorder) -> None:
     seen: dict[str, torch.Tensor] = {}
 
     def probabilities(name):
@@ -120,7 +120,7 @@ def test_maps_equal_probabilities_computed_outside(unet, call, recorder):
         torch.testing.assert_close(maps, expected, atol=1e-6, rtol=0)
 
 
-def test_the_output_is_that_of_the_stock_unet(unet, call, recorder):
+def test_the_output_is_that_of_the_stock_unet(unet, call, recorder) -> None:
     stock = unet(**call).sample
     install_recording(unet)
     assert torch.equal(unet(**call).sample, stock)
@@ -128,7 +128,7 @@ def test_the_output_is_that_of_the_stock_unet(unet, call, recorder):
     torch.testing.assert_close(recorded, stock, atol=1e-5, rtol=0)
 
 
-def test_a_text_mask_is_respected(unet, call, recorder):
+def test_a_text_mask_is_respected(unet, call, recorder) -> None:
     mask = torch.ones(ROWS, LENGTH, dtype=torch.bool)
     mask[0, 2] = False
     stock = unet(**call, encoder_attention_mask=mask).sample
@@ -138,7 +138,7 @@ def test_a_text_mask_is_respected(unet, call, recorder):
     assert all(maps[0, :, 0].abs().max() < 1e-6 for maps in recorder.maps.values())
 
 
-def test_checkpointing_gives_the_same_maps_and_gradients(unet, call, recorder):
+def test_checkpointing_gives_the_same_maps_and_gradients(unet, call, recorder) -> None:
     def gradients() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         unet.zero_grad()
         sample = unet(**call, cross_attention_kwargs={"recorder": recorder}).sample
@@ -155,14 +155,14 @@ def test_checkpointing_gives_the_same_maps_and_gradients(unet, call, recorder):
             torch.testing.assert_close(a, b)
 
 
-def test_half_precision_works(unet, call, recorder):
+def test_half_precision_works(unet, call, recorder) -> None:
     install_recording(unet.bfloat16())
     half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in call.items()}
     unet(**half, cross_attention_kwargs={"recorder": recorder})
     assert all(maps.dtype == torch.bfloat16 and maps.isfinite().all() for maps in recorder.maps.values())
 
 
-def test_no_layer_warns_about_the_recorder(unet, call, recorder, monkeypatch):
+def test_no_layer_warns_about_the_recorder(unet, call, recorder, monkeypatch) -> None:
     warnings: list[str] = []
     monkeypatch.setattr(attention_processor.logger, "warning", lambda message, *_: warnings.append(message))
     install_recording(unet)
@@ -172,7 +172,7 @@ def test_no_layer_warns_about_the_recorder(unet, call, recorder, monkeypatch):
     assert warnings, "an unknown name is still told"
 
 
-def test_recording_works_beside_an_attached_adapter(unet, call, recorder):
+def test_recording_works_beside_an_attached_adapter(unet, call, recorder) -> None:
     adapter = SubjectAdapter.from_unet(
         unet, text_dim=TEXT_WIDTH, pooled_dim=POOLED, patch_dim=PATCH_WIDTH, num_patches=PATCHES
     )
@@ -188,12 +188,12 @@ def test_recording_works_beside_an_attached_adapter(unet, call, recorder):
 # --- which layers
 
 
-def test_all_groups_but_the_first_and_the_last_are_supervised(unet):
+def test_all_groups_but_the_first_and_the_last_are_supervised(unet) -> None:
     groups = {name.split(".attentions")[0] for name in supervised_layers(unet)}
     assert groups == {"down_blocks.1", "mid_block", "up_blocks.0"}
 
 
-def test_at_sd_size_the_middle_five_of_seven_groups_are_supervised():
+def test_at_sd_size_the_middle_five_of_seven_groups_are_supervised() -> None:
     with torch.device("meta"):
         unet = tiny_unet(
             block_out_channels=(8, 8, 8, 8), layers_per_block=2,
@@ -206,7 +206,7 @@ def test_at_sd_size_the_middle_five_of_seven_groups_are_supervised():
     assert len(layers) == 2 + 2 + 1 + 3 + 3
 
 
-def test_too_few_groups_are_refused():
+def test_too_few_groups_are_refused() -> None:
     unet = tiny_unet(
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")
     )
@@ -214,23 +214,23 @@ def test_too_few_groups_are_refused():
         supervised_layers(unet)
 
 
-def test_other_layers_may_be_chosen_by_name(unet, call, recorder):
+def test_other_layers_may_be_chosen_by_name(unet, call, recorder) -> None:
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
     install_recording(unet, [name])
     unet(**call, cross_attention_kwargs={"recorder": recorder})
     assert list(recorder.maps) == [name]
 
 
-def test_an_unknown_layer_is_refused(unet):
+def test_an_unknown_layer_is_refused(unet) -> None:
     with pytest.raises(ValueError, match="down_blocks.9 is no cross-attention layer"):
         install_recording(unet, ["down_blocks.9"])
 
 
-def test_foreign_processors_are_not_lost(unet):
+def test_foreign_processors_are_not_lost(unet) -> None:
     unet.set_attn_processor(AttnProcessor())
     with pytest.raises(ValueError, match="has a AttnProcessor; recording replaces stock processors only"):
         install_recording(unet)
 
 
-def test_the_ignoring_processor_can_be_made_without_arguments():
+def test_the_ignoring_processor_can_be_made_without_arguments() -> None:
     assert RecordingAttnProcessor().layer is None  # diffusers' IP-Adapter loader makes it so

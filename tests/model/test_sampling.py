@@ -94,22 +94,22 @@ def without_subjects(inputs: SubjectInputs) -> SubjectInputs:
 # --- guidance
 
 
-def test_separate_guidance_by_hand():
+def test_separate_guidance_by_hand() -> None:
     eps = separate_guidance(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(4.0), subject_scale=3.0, text_scale=5.0)
     assert eps.item() == 1 + 3 * (2 - 1) + 5 * (4 - 2)
 
 
-def test_separate_guidance_with_both_scales_one_is_the_full_branch():
+def test_separate_guidance_with_both_scales_one_is_the_full_branch() -> None:
     eps_u, eps_i, eps_t = torch.randn(3, *SHAPE)
     torch.testing.assert_close(separate_guidance(eps_u, eps_i, eps_t, 1.0, 1.0), eps_t)
 
 
-def test_separate_guidance_with_equal_scales_is_joint_guidance():
+def test_separate_guidance_with_equal_scales_is_joint_guidance() -> None:
     eps_u, eps_i, eps_t = torch.randn(3, *SHAPE)
     torch.testing.assert_close(separate_guidance(eps_u, eps_i, eps_t, 4.0, 4.0), joint_guidance(eps_u, eps_t, 4.0))
 
 
-def test_branches_by_kind_of_guidance():
+def test_branches_by_kind_of_guidance() -> None:
     assert guidance_branches("separate", subjects=True) == (Drop.ALL, Drop.TEXT, Drop.NOTHING)
     assert guidance_branches("joint", subjects=True) == (Drop.ALL, Drop.NOTHING)
     assert guidance_branches("none", subjects=True) == (Drop.NOTHING,)
@@ -117,7 +117,7 @@ def test_branches_by_kind_of_guidance():
     assert guidance_branches("none", subjects=False) == (Drop.SUBJECTS,)
 
 
-def test_branch_rows_are_the_conditions_dropped_one_branch_after_the_other(inputs):
+def test_branch_rows_are_the_conditions_dropped_one_branch_after_the_other(inputs) -> None:
     branches = (Drop.ALL, Drop.TEXT, Drop.NOTHING)
     rows = branch_inputs(inputs, branches)
     dropped = [drop_conditions(inputs, torch.full((len(inputs),), int(branch))) for branch in branches]
@@ -127,7 +127,7 @@ def test_branch_rows_are_the_conditions_dropped_one_branch_after_the_other(input
 
 
 @torch.no_grad()
-def test_every_inference_branch_is_a_training_case(model, inputs, scheduler, noise):
+def test_every_inference_branch_is_a_training_case(model, inputs, scheduler, noise) -> None:
     """What each branch predicts equals the training forward on the dropped conditions."""
     predictions: list[torch.Tensor] = []
     real = model.denoise
@@ -149,7 +149,7 @@ def test_every_inference_branch_is_a_training_case(model, inputs, scheduler, noi
 # --- the loop
 
 
-def test_scales_of_one_draw_what_no_guidance_draws(model, inputs, scheduler, noise):
+def test_scales_of_one_draw_what_no_guidance_draws(model, inputs, scheduler, noise) -> None:
     unguided = denoise(model, scheduler, noise, inputs, steps=STEPS, guidance="none")
     separate = denoise(model, scheduler, noise, inputs, steps=STEPS, text_scale=1.0, subject_scale=1.0)
     joint = denoise(model, scheduler, noise, inputs, steps=STEPS, text_scale=1.0, guidance="joint")
@@ -157,7 +157,7 @@ def test_scales_of_one_draw_what_no_guidance_draws(model, inputs, scheduler, noi
     torch.testing.assert_close(joint, unguided, atol=1e-4, rtol=1e-4)
 
 
-def test_both_scales_matter(model, inputs, scheduler, noise):
+def test_both_scales_matter(model, inputs, scheduler, noise) -> None:
     drawn = [
         denoise(model, scheduler, noise, inputs, steps=STEPS, text_scale=text, subject_scale=subject)
         for text, subject in [(2.0, 1.5), (3.0, 1.5), (2.0, 2.5)]
@@ -166,7 +166,7 @@ def test_both_scales_matter(model, inputs, scheduler, noise):
     assert (drawn[0] - drawn[2]).abs().max() > 1e-3
 
 
-def test_text_and_subjects_are_encoded_once_a_generation(model, inputs, scheduler, noise):
+def test_text_and_subjects_are_encoded_once_a_generation(model, inputs, scheduler, noise) -> None:
     with (
         patch.object(model.text_encoder.encoder, "forward", wraps=model.text_encoder.encoder.forward) as text,
         patch.object(model.adapter, "condition", wraps=model.adapter.condition) as grounding,
@@ -177,7 +177,7 @@ def test_text_and_subjects_are_encoded_once_a_generation(model, inputs, schedule
 
 
 @pytest.mark.parametrize("guidance", ["separate", "joint", "none"])
-def test_no_subjects_is_plain_text_to_image_in_at_most_two_branches(model, inputs, scheduler, noise, guidance):
+def test_no_subjects_is_plain_text_to_image_in_at_most_two_branches(model, inputs, scheduler, noise, guidance) -> None:
     null = without_subjects(inputs)
     options = {"steps": STEPS, "guidance": guidance}
     with patch.object(model.unet, "forward", wraps=model.unet.forward) as unet:
@@ -188,12 +188,12 @@ def test_no_subjects_is_plain_text_to_image_in_at_most_two_branches(model, input
     torch.testing.assert_close(denoise(model, scheduler, noise, captions, **options), all_off, atol=1e-5, rtol=1e-5)
 
 
-def test_beta_zero_switches_the_fusers_off_but_not_the_rest(model, inputs, scheduler, noise):
+def test_beta_zero_switches_the_fusers_off_but_not_the_rest(model, inputs, scheduler, noise) -> None:
     drawn = [denoise(model, scheduler, noise, inputs, steps=1, beta=beta) for beta in (0.0, 1.0)]
     assert (drawn[0] - drawn[1]).abs().max() > 1e-4
 
 
-def test_rows_do_not_influence_each_other(model, inputs, scheduler):
+def test_rows_do_not_influence_each_other(model, inputs, scheduler) -> None:
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     both = denoise(
         model, scheduler, initial_latents(scheduler, SHAPE, steps=STEPS, generator=generators), inputs, steps=STEPS
@@ -204,7 +204,7 @@ def test_rows_do_not_influence_each_other(model, inputs, scheduler):
     torch.testing.assert_close(alone, both[1:], atol=1e-4, rtol=1e-4)
 
 
-def test_what_on_step_returns_replaces_the_latents(model, inputs, scheduler, noise):
+def test_what_on_step_returns_replaces_the_latents(model, inputs, scheduler, noise) -> None:
     seen: list[tuple[int, int]] = []
 
     def watch(index: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
@@ -219,19 +219,19 @@ def test_what_on_step_returns_replaces_the_latents(model, inputs, scheduler, noi
 # --- when subjects are drawn
 
 
-def test_outside_its_range_the_subject_is_dropped_as_in_training(model, inputs, scheduler, noise):
+def test_outside_its_range_the_subject_is_dropped_as_in_training(model, inputs, scheduler, noise) -> None:
     never = denoise(model, scheduler, noise, inputs, steps=STEPS, subject_range=(0.0, 0.0))
     null = denoise(model, scheduler, noise, without_subjects(inputs), steps=STEPS)
     assert torch.equal(never, null)
 
 
-def test_the_subject_range_counts_shares_of_the_steps(model, inputs, scheduler, noise):
+def test_the_subject_range_counts_shares_of_the_steps(model, inputs, scheduler, noise) -> None:
     with patch.object(model.unet, "forward", wraps=model.unet.forward) as unet:
         denoise(model, scheduler, noise, inputs, steps=STEPS, subject_range=(0.25, 0.75))
     assert [call.args[0].shape[0] // len(inputs) for call in unet.call_args_list] == [2, 3, 3, 2]
 
 
-def test_after_subject_until_only_the_plain_pair_is_called(model, plain, inputs, scheduler, noise):
+def test_after_subject_until_only_the_plain_pair_is_called(model, plain, inputs, scheduler, noise) -> None:
     unet, text_encoder = plain
     with (
         patch.object(model.unet, "forward", wraps=model.unet.forward) as own_unet,
@@ -243,7 +243,7 @@ def test_after_subject_until_only_the_plain_pair_is_called(model, plain, inputs,
     assert "cross_attention_kwargs" not in plain_unet.call_args.kwargs
 
 
-def test_subject_until_one_never_touches_the_plain_pair(model, plain, inputs, scheduler, noise):
+def test_subject_until_one_never_touches_the_plain_pair(model, plain, inputs, scheduler, noise) -> None:
     with patch.object(plain[1].encoder, "forward", side_effect=AssertionError):
         denoise(model, scheduler, noise, inputs, steps=STEPS, plain=plain, subject_until=1.0)
 
@@ -258,7 +258,7 @@ def test_subject_until_one_never_touches_the_plain_pair(model, plain, inputs, sc
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
-def test_the_plain_pair_draws_what_the_stock_pipeline_draws(model, plain, inputs, scheduler):
+def test_the_plain_pair_draws_what_the_stock_pipeline_draws(model, plain, inputs, scheduler) -> None:
     start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
     scaled = initial_latents(scheduler, SHAPE, steps=STEPS, generator=torch.Generator().manual_seed(3))
     drawn = denoise(model, scheduler, scaled, inputs, steps=STEPS, plain=plain, subject_until=0.0, text_scale=3.0)
@@ -283,7 +283,7 @@ def test_the_plain_pair_draws_what_the_stock_pipeline_draws(model, plain, inputs
     ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
      "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler"],
 )  # fmt: skip
-def test_any_scheduler_draws_the_same_twice(model, inputs, name):
+def test_any_scheduler_draws_the_same_twice(model, inputs, name) -> None:
     scheduler = getattr(diffusers, name)()
 
     def draw() -> torch.Tensor:
@@ -296,7 +296,7 @@ def test_any_scheduler_draws_the_same_twice(model, inputs, name):
     assert torch.equal(draw(), first)
 
 
-def test_initial_latents_have_the_schedulers_noise_level():
+def test_initial_latents_have_the_schedulers_noise_level() -> None:
     scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="leading")
     latents = initial_latents(scheduler, (4, 4, 32, 32), steps=7, generator=torch.Generator().manual_seed(0))
     scheduler.set_timesteps(7)
@@ -304,7 +304,7 @@ def test_initial_latents_have_the_schedulers_noise_level():
     assert float(scheduler.init_noise_sigma) > 5
 
 
-def test_v_prediction_is_left_to_the_scheduler(model, inputs, noise):
+def test_v_prediction_is_left_to_the_scheduler(model, inputs, noise) -> None:
     drawn = denoise(model, DDIMScheduler(prediction_type="v_prediction"), noise, inputs, steps=STEPS)
     assert drawn.isfinite().all()
 
@@ -322,11 +322,11 @@ def test_v_prediction_is_left_to_the_scheduler(model, inputs, noise):
         ({"subject_until": 0.5}, "give the plain base"),
     ],
 )
-def test_impossible_settings_are_refused(model, inputs, scheduler, noise, options, message):
+def test_impossible_settings_are_refused(model, inputs, scheduler, noise, options, message) -> None:
     with pytest.raises(ValueError, match=message):
         denoise(model, scheduler, noise, inputs, **{"steps": STEPS, **options})
 
 
-def test_a_wrong_number_of_rows_is_refused(model, inputs, scheduler, noise):
+def test_a_wrong_number_of_rows_is_refused(model, inputs, scheduler, noise) -> None:
     with pytest.raises(ValueError, match="latents: 1 rows for 2 prompts"):
         denoise(model, scheduler, noise[:1], inputs, steps=STEPS)

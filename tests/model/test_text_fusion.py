@@ -50,41 +50,41 @@ def concepts() -> torch.Tensor:
     return torch.randn(2, 2, WIDTH, generator=torch.Generator().manual_seed(2))
 
 
-def test_without_concepts_it_equals_the_stock_encoder(text_encoder, plain_ids):
+def test_without_concepts_it_equals_the_stock_encoder(text_encoder, plain_ids) -> None:
     none = torch.full((2, 2), -1)
     stock = text_encoder(plain_ids).last_hidden_state
     assert torch.equal(encode_prompt(text_encoder, plain_ids, None, none), stock)
     assert torch.equal(encode_prompt(text_encoder, plain_ids, torch.zeros(2, 2, WIDTH), none), stock)
 
 
-def test_a_words_own_embedding_as_concept_equals_the_word(text_encoder, plain_ids, ids, positions):
+def test_a_words_own_embedding_as_concept_equals_the_word(text_encoder, plain_ids, ids, positions) -> None:
     words = plain_ids.gather(1, positions.clamp_min(0))
     concepts = text_encoder.embeddings.token_embedding(words)
     stock = text_encoder(plain_ids).last_hidden_state
     assert torch.allclose(encode_prompt(text_encoder, ids, concepts, positions), stock, atol=1e-6)
 
 
-def test_each_subject_goes_to_its_own_position(text_encoder, ids, positions, concepts):
+def test_each_subject_goes_to_its_own_position(text_encoder, ids, positions, concepts) -> None:
     swapped = encode_prompt(text_encoder, ids, concepts.flip(1), positions.flip(1))
     assert torch.equal(swapped, encode_prompt(text_encoder, ids, concepts, positions))
 
 
 @pytest.mark.parametrize("fusion", ["before", "after"])
-def test_padding_subjects_do_not_reach_the_output(text_encoder, ids, positions, concepts, fusion):
+def test_padding_subjects_do_not_reach_the_output(text_encoder, ids, positions, concepts, fusion) -> None:
     other = concepts.clone()
     other[1, 1] = 1e6
     first = encode_prompt(text_encoder, ids, concepts, positions, fusion)
     assert torch.equal(first, encode_prompt(text_encoder, ids, other, positions, fusion))
 
 
-def test_before_is_causal_nothing_ahead_of_the_placeholder_changes(text_encoder, ids, positions, concepts):
+def test_before_is_causal_nothing_ahead_of_the_placeholder_changes(text_encoder, ids, positions, concepts) -> None:
     first = encode_prompt(text_encoder, ids, concepts, positions)
     second = encode_prompt(text_encoder, ids, 2 * concepts, positions)
     assert torch.equal(first[0, :3], second[0, :3])
     assert (first[0, 3:] - second[0, 3:]).abs().amax(-1).min() > 1e-3, "all later states hear of the subject"
 
 
-def test_after_replaces_the_state_itself_scaled_and_nothing_else(text_encoder, ids, positions, concepts):
+def test_after_replaces_the_state_itself_scaled_and_nothing_else(text_encoder, ids, positions, concepts) -> None:
     states = encode_prompt(text_encoder, ids, concepts, positions, "after", scale=0.4)
     torch.testing.assert_close(states[0, 3], 0.4 * concepts[0, 0])
     torch.testing.assert_close(states[0, 5], 0.4 * concepts[0, 1])
@@ -94,25 +94,25 @@ def test_after_replaces_the_state_itself_scaled_and_nothing_else(text_encoder, i
     assert torch.equal(states[untouched], other[untouched])
 
 
-def test_after_reads_the_end_token_where_the_placeholder_stands(text_encoder, ids, positions, concepts):
+def test_after_reads_the_end_token_where_the_placeholder_stands(text_encoder, ids, positions, concepts) -> None:
     states = encode_prompt(text_encoder, ids, concepts, positions, "after")
     stock = text_encoder(ids.masked_fill(ids == PLACEHOLDER_ID, VOCABULARY - 1)).last_hidden_state
     untouched = ids != PLACEHOLDER_ID
     torch.testing.assert_close(states[untouched], stock[untouched])
 
 
-def test_before_scales_the_concept_too(text_encoder, ids, positions, concepts):
+def test_before_scales_the_concept_too(text_encoder, ids, positions, concepts) -> None:
     scaled = encode_prompt(text_encoder, ids, concepts, positions, "before", scale=0.5)
     assert torch.equal(scaled, encode_prompt(text_encoder, ids, 0.5 * concepts, positions))
 
 
-def test_no_subject_slots_at_all_is_a_plain_prompt(text_encoder, plain_ids):
+def test_no_subject_slots_at_all_is_a_plain_prompt(text_encoder, plain_ids) -> None:
     empty = torch.zeros(2, 0, WIDTH), torch.zeros(2, 0, dtype=torch.int64)
     assert torch.equal(encode_prompt(text_encoder, plain_ids, *empty), text_encoder(plain_ids).last_hidden_state)
 
 
 @pytest.mark.parametrize("fusion", ["before", "after"])
-def test_checkpointing_gives_the_same_gradients(text_encoder, ids, positions, concepts, fusion):
+def test_checkpointing_gives_the_same_gradients(text_encoder, ids, positions, concepts, fusion) -> None:
     def gradients() -> list[torch.Tensor]:
         text_encoder.zero_grad()
         leaf = concepts.clone().requires_grad_()
@@ -127,19 +127,19 @@ def test_checkpointing_gives_the_same_gradients(text_encoder, ids, positions, co
         torch.testing.assert_close(first, second)
 
 
-def test_bf16_weights_take_fp32_concepts(text_encoder, ids, positions, concepts):
+def test_bf16_weights_take_fp32_concepts(text_encoder, ids, positions, concepts) -> None:
     full = encode_prompt(text_encoder, ids, concepts, positions)
     half = encode_prompt(text_encoder.bfloat16(), ids, concepts, positions)
     assert half.dtype == torch.bfloat16
     assert (half.float() - full).abs().mean() < 0.05
 
 
-def test_autocast_works(text_encoder, ids, positions, concepts):
+def test_autocast_works(text_encoder, ids, positions, concepts) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         states = encode_prompt(text_encoder, ids, concepts, positions)
     assert (states.float() - encode_prompt(text_encoder, ids, concepts, positions)).abs().mean() < 0.05
 
 
-def test_an_unknown_fusion_is_refused(text_encoder, ids, positions, concepts):
+def test_an_unknown_fusion_is_refused(text_encoder, ids, positions, concepts) -> None:
     with pytest.raises(ValueError, match="fusion 'middle'"):
         encode_prompt(text_encoder, ids, concepts, positions, "middle")

@@ -34,7 +34,9 @@ def denoising_loss(
     scheduler: DDIMScheduler, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, gamma: float | None
 ) -> Tensor:
     """Mean squared error, weighted by min-SNR-gamma: scalar."""
-    error = (prediction.float() - diffusion_target(scheduler, latents, noise, timesteps)).square().flatten(1).mean(dim=1)
+    error = (
+        (prediction.float() - diffusion_target(scheduler, latents, noise, timesteps)).square().flatten(1).mean(dim=1)
+    )
     return (error * snr_weights(scheduler, timesteps, gamma)).mean()
 
 
@@ -42,15 +44,17 @@ class BaseTraining(nn.Module):
     """UNet and text encoder, and the denoising loss on plain captions."""
 
     def __init__(
-        self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, scheduler: DDIMScheduler, settings: DiffusionSettings
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        scheduler: DDIMScheduler,
+        settings: DiffusionSettings,
     ) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
         self.scheduler, self.settings = scheduler, settings
 
-    def forward(
-        self, batch: DiffusionBatch, generator: torch.Generator, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: DiffusionBatch, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         shares = {Drop.ALL: self.settings.drop_all + self.settings.drop_text}
         drops = draw_drops(len(batch.latents), shares, generator).to(batch.latents.device)
         timesteps, noise, noisy = noised(self.scheduler, batch.latents, generator)
@@ -67,7 +71,9 @@ class BaseTraining(nn.Module):
 class DiffusionData:
     """What the tasks base and subject share: frozen parts, cached scenes, a fixed validation batch."""
 
-    def __init__(self, settings: TrainSettings, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device) -> None:
+    def __init__(
+        self, settings: TrainSettings, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device
+    ) -> None:
         self.settings, self.device, self.vae, self.tokenizer = settings, device, vae, tokenizer
         clip, config = load_open_clip(input_folder(settings, "clip"))
         pixels = config["preprocess_cfg"]
@@ -126,7 +132,9 @@ class BaseTask:
         pipeline = self._pipeline()
         pipeline.set_progress_bar_config(disable=True)
         captions = [self.data.unseen[i].caption for i in range(12)]
-        drawn = pipeline(captions, num_inference_steps=25, guidance_scale=3.0, generator=generator, output_type="pt").images
+        drawn = pipeline(
+            captions, num_inference_steps=25, guidance_scale=3.0, generator=generator, output_type="pt"
+        ).images
         real = self.data.draw(batch.latents[:12])
         rows = [[x for i in (2 * y, 2 * y + 1) for x in (real[i], drawn[i])] for y in range(6)]
         both = [f"{captions[2 * y]} | {captions[2 * y + 1]}" for y in range(6)]

@@ -133,7 +133,10 @@ class ClipTask:
         drawn = (self.module.from_patches(self.module.pixels(tokens)) + 1) / 2
         thumbnails = self.module.thumbnail(pooled).unflatten(1, (3, THUMBNAIL, THUMBNAIL)) / 2 + 0.5
         thumbnails = functional.interpolate(thumbnails, size=pictures.shape[-1])
-        save_grid([[x for i in range(4 * y, 4 * y + 4) for x in (pictures[i], drawn[i], thumbnails[i])] for y in range(5)], picture)
+        save_grid(
+            [[x for i in range(4 * y, 4 * y + 4) for x in (pictures[i], drawn[i], thumbnails[i])] for y in range(5)],
+            picture,
+        )
         return {"retrieval_at_1_of_128": float(found), "pixel_l1": float((drawn - pictures).abs().mean())}
 
     def export(self, folder: Path) -> None:

@@ -71,7 +71,7 @@ class IdentityJudgeTask:
 
     def _pair(self, scene: ToyboxScene) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng((scene.index % 2**62, 1))
-        return tuple(_on_background(view, rng) for view in scene.entities[0].references)  # type: ignore[return-value]
+        return tuple(_on_background(view, rng) for view in scene.entities[0].references)
 
     def collate(self, items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         first, second = zip(*items, strict=True)
@@ -82,15 +82,23 @@ class IdentityJudgeTask:
         first, second = self.unseen
         similarity = self.module.judge(first) @ self.module.judge(second).T
         nearest = similarity.argmax(dim=1)
-        save_grid([[first[i] for i in range(12)], [second[nearest[i]] for i in range(12)], [second[i] for i in range(12)]], picture)
-        return {"retrieval_at_1_of_100": float((nearest == torch.arange(len(first), device=nearest.device)).float().mean())}
+        save_grid(
+            [[first[i] for i in range(12)], [second[nearest[i]] for i in range(12)], [second[i] for i in range(12)]],
+            picture,
+        )
+        return {
+            "retrieval_at_1_of_100": float((nearest == torch.arange(len(first), device=nearest.device)).float().mean())
+        }
 
     def export(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         judge = self.module.judge
         state = {name: value.detach().cpu().contiguous() for name, value in judge.state_dict().items()}
         save_file(state, folder / "model.safetensors")
-        config = {"architecture": "torchvision shufflenet_v2_x0_5, first stride 1", "width": judge.network.fc.out_features}
+        config = {
+            "architecture": "torchvision shufflenet_v2_x0_5, first stride 1",
+            "width": judge.network.fc.out_features,
+        }
         (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -106,5 +114,5 @@ def _on_background(view: np.ndarray, rng: np.random.Generator) -> Tensor:
     side = rng.uniform(0.6, 0.95)
     centre = tuple(rng.uniform(side / 2 - 0.05, 1.05 - side / 2, 2))
     name = str(rng.choice(list(BACKGROUNDS)))
-    picture, _ = compose([Placement(view, centre, side)], name, int(rng.integers(BACKGROUND_POOL)), size)  # type: ignore[arg-type]
+    picture, _ = compose([Placement(view, centre, side)], name, int(rng.integers(BACKGROUND_POOL)), size)
     return as_tensor(picture)

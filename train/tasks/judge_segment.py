@@ -75,7 +75,9 @@ class SegmentJudgeTask:
     def validate(self, picture: Path) -> dict[str, float]:
         pictures, masks = self.unseen
         logits = self.module.logits(pictures)
-        rows = [[x for i in range(3 * y, 3 * y + 3) for x in (pictures[i], logits[i].sigmoid(), masks[i])] for y in range(5)]
+        rows = [
+            [x for i in range(3 * y, 3 * y + 3) for x in (pictures[i], logits[i].sigmoid(), masks[i])] for y in range(5)
+        ]
         save_grid(rows, picture)
         return {"iou": float(mask_iou(logits > 0, masks > 0.5))}
 

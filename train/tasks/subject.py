@@ -1,11 +1,12 @@
 """The subject model: adapters, keys and values, text encoder and projections trained on a base that otherwise stays.
 
-Loss: denoising error under random condition dropout, plus the attention-map loss that ties the supervised tokens of each
-subject to its mask (Subject-Diffusion, arXiv 2307.11410, equations 4 and 6).
+Loss: denoising error under random condition dropout, plus the attention-map loss that ties each subject's supervised
+tokens to its mask (Subject-Diffusion, arXiv 2307.11410, equations 4 and 6).
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from model.saving import save_subject_model
 from model.subject_adapter import SubjectAdapter
 from train.diffusion_batch import DiffusionBatch
 from train.inputs_folder import input_folder
+from train.model_card import write_card
 from train.pictures import save_grid
 from train.settings import DiffusionSettings, TrainSettings, load_model_settings
 from train.tasks.base import DiffusionData, denoising_loss, noised
@@ -41,9 +43,7 @@ class SubjectTraining(nn.Module):
             Drop.SUBJECTS: settings.drop_subjects,
         }
 
-    def forward(
-        self, batch: DiffusionBatch, generator: torch.Generator, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: DiffusionBatch, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         drops = draw_drops(len(batch.latents), self.table, generator).to(batch.latents.device)
         timesteps, noise, noisy = noised(self.scheduler, batch.latents, generator)
         recorder = AttentionMapRecorder(batch.supervised) if self.settings.attention_loss_weight else None
@@ -65,7 +65,7 @@ class SubjectTask:
     loader_workers = 0
 
     def __init__(self, settings: TrainSettings, device: torch.device) -> None:
-        self.sizes = load_model_settings(settings.model)
+        self.settings, self.sizes = settings, load_model_settings(settings.model)
         base = input_folder(settings, "base")
         unet = UNet2DConditionModel.from_pretrained(base / "unet")
         text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder")
@@ -117,9 +117,12 @@ class SubjectTask:
         return self.data.draw(latents)
 
     def export(self, folder: Path) -> None:
+        count = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        device = torch.cuda.get_device_name() if self.data.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+        card = write_card(self.settings, self.sizes.base, count, device)
         save_subject_model(
             folder, self.model, base=self.sizes.base, trained=self.trained, parts="trained",
-            image_encoder=self.data.image_encoder, card="",
+            image_encoder=self.data.image_encoder, card=card,
         )  # fmt: skip
 
 

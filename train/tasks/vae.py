@@ -1,7 +1,7 @@
 """The autoencoder (stock `AutoencoderKL`), started from the linear code "PCA of 8 x 8 patches".
 
-From random weights it takes long to find a code as good as PCA's, so for the first steps the encoder is regressed on the
-PCA code and the decoder learns to draw from it; then both are trained end to end on |x - x'| and on |∇x - ∇x'|.
+From random weights it takes long to find a code as good as PCA's, so for the first steps the encoder is regressed on
+the PCA code and the decoder learns to draw from it; then both are trained end to end on |x - x'| and on |∇x - ∇x'|.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class VaeLoss(nn.Module):
             drawn = self.vae.decode(target).sample
             loss = functional.l1_loss(posterior.mean, target)
         else:
-            latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
+            latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(
+                posterior.mean
+            )
             drawn = self.vae.decode(latents).sample
             loss = self.kl_weight * posterior.kl().mean()
         distance = functional.l1_loss(drawn, pictures)
@@ -89,7 +91,9 @@ class VaeTask:
         options: dict[str, Any] = {"code_steps": 1000, "kl_weight": 1e-6} | settings.options
         architecture = load_model_settings(settings.model).architecture["vae"]
         world = make_world(settings.data)
-        self.dataset = SceneDataset(world, lambda scene: torch.from_numpy(scene.image), distinct=settings.data.distinct_scenes)
+        self.dataset = SceneDataset(
+            world, lambda scene: torch.from_numpy(scene.image), distinct=settings.data.distinct_scenes
+        )
         fitted_on = torch.stack([as_tensor(world.scene(-1 - i).image) for i in range(800)]) * 2 - 1
         patch = 2 ** (len(architecture["block_out_channels"]) - 1)
         code = PatchCode(fitted_on, patch, architecture["latent_channels"]).to(device)
@@ -106,7 +110,13 @@ class VaeTask:
         pictures = self.unseen * 2 - 1
         drawn = self.vae.decode(self.vae.encode(pictures).latent_dist.mean).sample
         linear = self.module.code.decode(self.module.code.encode(pictures))
-        save_grid([[(row[i] + 1) / 2 for row in (pictures, drawn, linear) for i in (4 * y, 4 * y + 1, 4 * y + 2)] for y in range(6)], picture)
+        save_grid(
+            [
+                [(row[i] + 1) / 2 for row in (pictures, drawn, linear) for i in (4 * y, 4 * y + 1, 4 * y + 2)]
+                for y in range(6)
+            ],
+            picture,
+        )
         return {
             "l1": float((drawn - pictures).abs().mean() / 2),
             "pca_l1": float((linear.clamp(-1, 1) - pictures).abs().mean() / 2),

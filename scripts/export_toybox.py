@@ -1,0 +1,73 @@
+"""Copy what `make toybox` trained into the package as fp16: model/weights/toybox and infer/examples.
+
+    python scripts/export_toybox.py --runs ~/.cache/subject-diffusion/runs/toybox
+
+The base and the judges are saved whole, the subject model as its trained parts; the total must stay under 24 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from data_pipeline.toybox.archive import SubjectArchive
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+WEIGHTS = REPOSITORY / "model" / "weights" / "toybox"
+EXAMPLES = REPOSITORY / "infer" / "examples"
+LIMIT_MB = 24
+EXAMPLE_NAMES = ("penguin", "turtle", "watermelon", "locomotive", "pancakes", "flamingo")  # held-out subjects
+
+
+def halve(file: Path) -> None:
+    """Rewrite a safetensors file in fp16; integers stay as they are."""
+    tensors = {name: t.half() if t.is_floating_point() else t for name, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def export_weights(runs: Path, target: Path) -> None:
+    """Replace `target` by the exports of the runs base, subject, judge_identity and judge_segment."""
+    shutil.rmtree(target, ignore_errors=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(runs / "base" / "export", torch_dtype=torch.float16)
+    pipeline.save_pretrained(target / "base")
+    shutil.copytree(runs / "subject" / "export", target / "subject")
+    for file in sorted((target / "subject").rglob("*.safetensors")):
+        halve(file)
+    for name in ("judge_identity", "judge_segment"):
+        folder = runs / name / "export"
+        if name == "judge_segment":
+            UNet2DModel.from_pretrained(folder).half().save_pretrained(target / name)
+        else:
+            shutil.copytree(folder, target / name)
+            halve(target / name / "model.safetensors")
+
+
+def export_examples(target: Path) -> None:
+    """Cut-outs of some held-out subjects, for the demo and the README."""
+    target.mkdir(parents=True, exist_ok=True)
+    archive = SubjectArchive()
+    by_name = {subject.name: subject for subject in archive.of_split("heldout")}
+    for name in EXAMPLE_NAMES:
+        Image.fromarray(archive.cutout(by_name[name].id)).save(target / f"{name}.png", optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("~/.cache/subject-diffusion/runs/toybox"))
+    arguments = parser.parse_args()
+    export_weights(arguments.runs.expanduser(), WEIGHTS)
+    export_examples(EXAMPLES)
+    size = sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) / 1e6
+    print(f"{WEIGHTS}: {size:.1f} MB")
+    if size > LIMIT_MB:
+        raise SystemExit(f"error: {size:.1f} MB of weights, {LIMIT_MB} MB is the limit; make a model smaller")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Settings of every test: one thread a process, because tests run side by side and tiny tensors gain nothing from more."""
+
+import torch
+
+torch.set_num_threads(1)
