@@ -1,7 +1,7 @@
 """UNet, text encoder and subject adapter as the one network that is trained and drawn with.
 
-`encode` turns `SubjectInputs` into what the UNet is conditioned on, `denoise` runs the UNet; the trainer calls `forward`,
-`sampling.denoise` the two by themselves. Subject-Diffusion, arXiv 2307.11410.
+`encode` turns `SubjectInputs` into what the UNet is conditioned on, `denoise` runs the UNet; the trainer calls
+`forward`, `sampling.denoise` the two by themselves. Subject-Diffusion, arXiv 2307.11410.
 """
 
 from __future__ import annotations
@@ -58,11 +58,10 @@ class SubjectDiffusionModel(nn.Module):
         """
         embedding = self.text_encoder.embeddings.token_embedding
         config = self.adapter.config
-        has_slots = inputs.placeholder_positions.shape[1] > 0
         context = encode_prompt(
             self.text_encoder,
             inputs.input_ids,
-            self.adapter.concepts(inputs, embedding) if has_slots else None,  # (B, S, D)
+            self.adapter.concepts(inputs, embedding),  # (B, S, D)
             inputs.placeholder_positions,
             fusion=config["fusion"],
             scale=config["fusion_scale"],

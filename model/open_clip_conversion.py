@@ -37,7 +37,7 @@ def load_open_clip(folder: Path) -> tuple[open_clip.CLIP, dict[str, Any]]:
 
 
 def convert_text_tower(clip: open_clip.CLIP, config: dict[str, Any], tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The text tower of `clip` as a stock `CLIPTextModel` with equal last hidden states; `config` is its `model_cfg`."""
+    """The text tower of `clip` as a `CLIPTextModel` with equal last hidden states; `config` is its `model_cfg`."""
     text = config["text_cfg"]
     width = text["width"]
     target = CLIPTextModel(

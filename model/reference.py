@@ -38,7 +38,6 @@ def prepare_reference(
     height, width = max(1, round(part.shape[0] * scale)), max(1, round(part.shape[1] * scale))
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     part = cv2.resize(part, (width, height), interpolation=method).clip(0, 1)
-    frame: np.ndarray
     if background is None:
         frame: np.ndarray = np.full((size, size, 3), MID_GREY / 255, np.float32)
     else:

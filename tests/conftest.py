@@ -1,4 +1,4 @@
-"""Settings of every test: one thread a process, because tests run side by side and tiny tensors gain nothing from more."""
+"""One thread a process: tests run side by side, and tiny tensors gain nothing from more."""
 
 import torch
 

@@ -73,7 +73,8 @@ def read_checkpoint(folder: Path, module: nn.Module, ema: dict[str, Tensor], opt
         module.load_state_dict(load_file(newest / "model.safetensors"))
     except RuntimeError as error:
         raise UserError(
-            f"{newest}: does not fit this model ({str(error).splitlines()[-1].strip()}); give another `name` or remove it"
+            f"{newest}: does not fit this model ({str(error).splitlines()[-1].strip()}); "
+            "give another `name` or remove it"
         ) from error
     for name, value in load_file(newest / "ema.safetensors").items():
         ema[name].copy_(value)

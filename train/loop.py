@@ -77,8 +77,8 @@ def train(settings: TrainSettings) -> Path:
         write_settings(settings, settings.folder / "settings.yaml")
         count = sum(parameter.numel() for parameter in trained)
         print(
-            f"{settings.name}: {count:,} trained parameters, {settings.steps:,} steps of {run.samples_a_step} samples on "
-            f"{accelerator.device} x {accelerator.num_processes}; "
+            f"{settings.name}: {count:,} trained parameters, {settings.steps:,} steps of {run.samples_a_step} samples "
+            f"on {accelerator.device} x {accelerator.num_processes}; "
             + (f"resumes at step {done:,}" if done else "from nothing")
         )
     run.go(done)
@@ -201,7 +201,8 @@ class _Run:
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= 10:
                 raise UserError(
-                    f"{settings.name}: gradients were not finite in 10 steps on end (last: step {step}); lower optimizer.learning_rate"
+                    f"{settings.name}: gradients were not finite in 10 steps on end (last: step {step}); "
+                    "lower optimizer.learning_rate"
                 )
         self.optimizer.zero_grad(set_to_none=True)
         return waited

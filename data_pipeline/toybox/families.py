@@ -108,7 +108,7 @@ def picture_hash(rgba: np.ndarray) -> np.ndarray:
 
 
 def families(names: Sequence[str], hashes: Sequence[np.ndarray], *, threshold: float = 0.045) -> list[str]:
-    """A family name for each emoji: union of equal nouns and of pictures nearer than `threshold` (mean hash distance).
+    """A family name for each emoji: union of equal nouns and of near pictures (mean hash distance < `threshold`)."""
     parent = list(range(len(names)))
 
     def root(index: int) -> int:

@@ -115,7 +115,7 @@ class SubjectAdapter(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[Any] | None, **kwargs: Any) -> Any:
-        """As `ModelMixin.from_pretrained`. Weights pass through `load_state_dict`, which knows the gates' file layout."""
+        """As `ModelMixin.from_pretrained`; weights go the way of `load_state_dict`, which knows the gates' layout."""
         kwargs["low_cpu_mem_usage"] = False
         device = kwargs.pop("device_map", None)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -133,13 +133,13 @@ class SubjectAdapter(ModelMixin, ConfigMixin):
         blocks = transformer_blocks(unet)
         carrying = self.config["blocks"] if self.config["patch_tokens"] else {}
         for path, (expected, _, _) in carrying.items():
-            dim = blocks[path].attn1.to_q.in_features if path in blocks else expected  # a lacking block is refused below
+            dim = blocks[path].attn1.to_q.in_features if path in blocks else expected  # a lacking one is refused below
             if dim != expected:
-                raise ValueError(f"subject adapter: block {path} has {dim} channels, the adapter was made for {expected}")
+                raise ValueError(f"subject adapter: block {path} has {dim} channels, it was made for {expected}")
         if unet.conv_in.out_channels != self.config["conv_in_channels"]:
             raise ValueError(
                 f"subject adapter: the UNet's conv_in makes {unet.conv_in.out_channels} channels, "
-                f"the adapter was made for {self.config['conv_in_channels']}"
+                f"it was made for {self.config['conv_in_channels']}"
             )
         detach(unet)
         Attachment(unet, {path: self.fusers[_fuser_name(path)] for path in carrying}, self.location_convolution)
@@ -197,6 +197,8 @@ class SubjectAdapter(ModelMixin, ConfigMixin):
 
         complete = bool((keep if rows is None else keep[rows]).all())
         as_trained = bool((inputs.strength[present] == 1).all())
+        # Absent subjects are masked by `keep`; clamped because log 0 is not finite.
+        log_strength = inputs.strength.float().clamp(min=1e-6).log().to(tokens.dtype)  # (B, S)
         whole = torch.tensor([0.0, 0.0, 1.0, 1.0], device=tokens.device)
         boxes = torch.where(located[..., None], inputs.boxes.float(), whole)  # (B, S, 4)
         return SubjectCondition(
@@ -205,8 +207,7 @@ class SubjectAdapter(ModelMixin, ConfigMixin):
             factor=has_subjects.to(tokens.dtype),
             location=location.to(tokens.dtype),  # (B, 1, h, w)
             beta=beta,
-            # Masked by `keep` where the strength is 0; clamped because log 0 would become NaN in sums.
-            log_strength=None if as_trained else of_tokens(inputs.strength.float().clamp(min=1e-6).log()).to(tokens.dtype),
+            log_strength=None if as_trained else of_tokens(log_strength),
             token_boxes=of_tokens(boxes) if self.config["only_inside_box"] else None,
             active_rows=rows,
         )

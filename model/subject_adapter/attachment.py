@@ -53,9 +53,9 @@ class Attachment:
         blocks = transformer_blocks(unet)
         missing = sorted(set(fusers) - set(blocks))
         if missing:
-            raise ValueError(f"subject adapter: the UNet has no block {missing[0]}; it was made for another architecture")
+            raise ValueError(f"subject adapter: made for another architecture; this UNet has no block {missing[0]}")
         if hasattr(type(unet), "position_net") or "position_net" in unet._modules:
-            raise ValueError("subject adapter: this UNet has its own grounding (attention_type 'gated'); give a plain one")
+            raise ValueError("subject adapter: this UNet has grounding of its own (gated attention); give a plain one")
         self.location: Tensor | None = None  # of the forward pass that is running
         self.location_convolution = location_convolution
         for name, block in blocks.items():

@@ -22,4 +22,4 @@ class SubjectCondition:
     log_strength: Tensor | None = None  # (B, N) added to the logits of the subject keys; None: strength 1
     token_boxes: Tensor | None = None  # (B, N, 4) xyxy fractions; when given, a token is visible inside its box only
     active_rows: Tensor | None = None  # (A,) int64: inference skips all other rows; None computes every row
-    key_values: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # fuser name -> keys, values of the computed rows
+    key_values: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # fuser name -> (A, N, C) each

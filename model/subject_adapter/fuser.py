@@ -53,7 +53,7 @@ class SubjectFuser(nn.Module):
         self.ff = FeedForward(query_dim, activation_fn="geglu")
         self.norm1 = nn.LayerNorm(query_dim)
         self.norm2 = nn.LayerNorm(query_dim)
-        # Shape (1,) and not (): DeepSpeed cannot start with 0-dim parameters. Files keep the published shape, see below.
+        # Shape (1,) and not (): DeepSpeed cannot start with 0-dim parameters. Files keep the published shape.
         self.alpha_attn = nn.Parameter(torch.zeros(1))
         self.alpha_dense = nn.Parameter(torch.zeros(1))
         self.register_state_dict_post_hook(_gates_as_scalars)

@@ -60,6 +60,8 @@ def test_with_a_condition_fusers_and_location_take_part(unet, adapter):
 def test_a_location_does_not_stay_for_the_next_pass(unet, adapter):
     run(unet, adapter)
     assert torch.equal(run(unet), run(tiny_unet()))
+    run(unet, adapter)
+    assert torch.equal(unet.conv_in(LATENT), tiny_unet().conv_in(LATENT))
 
 
 @pytest.mark.parametrize("attached", [False, True])

@@ -115,6 +115,24 @@ def test_the_inference_form_equals_the_training_form_for_every_branch(model, inp
     torch.testing.assert_close(predict(model, branch, inference=True), trained, atol=1e-5, rtol=0)
 
 
+def test_inference_caches_keys_and_values_and_training_does_not(model, inputs):
+    assert set(model.encode(inputs, SIZE, inference=True)[1].key_values) == set(model.adapter.fusers)
+    assert not model.encode(inputs, SIZE)[1].key_values
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_it_runs_in_bfloat16(model, inputs, inference, autocast):
+    mixed = drop_conditions(inputs, torch.tensor([int(Drop.NOTHING), int(Drop.ALL)]))
+    expected, latents = predict(model, mixed), LATENT
+    if not autocast:
+        model.bfloat16()
+        latents = LATENT.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        low = model.denoise(latents, TIMESTEPS, *model.encode(mixed, SIZE, inference=inference))
+    torch.testing.assert_close(low.float(), expected, atol=0.1, rtol=0)
+
+
 def test_rows_of_a_batch_do_not_depend_on_one_another(model, inputs):
     mixed = drop_conditions(inputs, torch.tensor([int(Drop.NOTHING), int(Drop.ALL)]))
     together = predict(model, mixed, inference=True)

@@ -1,6 +1,6 @@
 """SD 1.5 and SD 2.1 as their config files describe them, with random weights: one training step, and through the disk.
 
-Twelve to twenty gigabytes of memory and some minutes a model on two cores.
+About 15 GB of memory and two to five minutes a model on two cores.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def one_picture(vocabulary: int, features: dict[str, int]) -> SubjectInputs:
 
 
 def train_one_step(model: SubjectDiffusionModel, inputs: SubjectInputs) -> None:
-    """At 256 px: 32 x 32 latents. Plain SGD-sized memory would not be the real thing: AdamW, as in the recipe."""
+    """At 256 px, that is 32 x 32 latents, with the optimizer and learning rate of the recipe."""
     model.train()
     model.unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-5, weight_decay=0)
