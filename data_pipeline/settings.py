@@ -29,14 +29,23 @@ SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-3` as text; people mean the number."""
+    """YAML 1.1 reads `1e-3` as text and `no` as false; people mean the number and the word."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that `_Loader` would read as numbers."""
+
+
+for _reader in (_Loader, _Dumper):
+    _reader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+for _letter in "yYnNoO":
+    _Loader.yaml_implicit_resolvers[_letter] = [
+        resolver for resolver in _Loader.yaml_implicit_resolvers[_letter] if resolver[0] != "tag:yaml.org,2002:bool"
+    ]
 
 
 def load_settings(cls: type[SettingsType], files: Sequence[Path], overrides: Sequence[str]) -> SettingsType:
@@ -69,12 +78,13 @@ def load_settings(cls: type[SettingsType], files: Sequence[Path], overrides: Seq
 
 def write_settings(settings: Settings, path: Path) -> None:
     """Write the resolved settings as YAML; loading the file gives equal settings."""
-    path.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    text = yaml.dump(settings.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(file.read_text(), _Loader)
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); give an existing YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -112,7 +122,8 @@ def _explain(cls: type[Settings], error: ValidationError, origin: dict[str, str]
     first = error.errors()[0]
     names = [str(part) for part in first["loc"]]
     key = ".".join(names)
-    source = origin.get(key, next((origin[k] for k in origin if key.startswith(k)), "the settings"))
+    given = [".".join(names[:length]) for length in range(len(names), 0, -1)]
+    source = next((origin[prefix] for prefix in given if prefix in origin), "the settings")
     if first["type"] == "extra_forbidden":
         known = _known_keys(cls, names[:-1])
         near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.0)

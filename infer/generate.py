@@ -9,7 +9,6 @@ Arguments become `GenerateSettings`; files are checked before the model is loade
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import hashlib
 import json
@@ -18,12 +17,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 from pydantic import Field
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import CommandParser, UserError
 from data_pipeline.settings import Settings, load_settings, write_settings
 from infer.cutout import CutoutMethod, cut_out, load_picture
 from infer.grid import make_grid
@@ -141,18 +140,12 @@ def read_settings(argv: Sequence[str]) -> GenerateSettings:
     return load_settings(GenerateSettings, [Path(file) for file in files], [*overrides, *rest])
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"generate: {message}; see subject-diffusion generate --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="subject-diffusion generate",
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "generate",
         usage="%(prog)s [options] [key=value …]",
         description="Draw subjects from photos of them.",
         epilog="Every setting can be given as key=value too; infer/generate.py documents each.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--config", action="append", metavar="FILE", help="YAML settings; several: later wins")

@@ -6,16 +6,16 @@ torchrun --nproc_per_node 2 train/run.py --config configs/train/toybox/base.yaml
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.errors import CommandParser
 from data_pipeline.settings import load_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="subject-diffusion train", description="Train one model; resumes by itself.")
+    parser = CommandParser("train", description="Train one model; resumes by itself.")
     parser.add_argument(
         "--config", action="append", type=Path, required=True, help="YAML file; may be repeated, later wins"
     )

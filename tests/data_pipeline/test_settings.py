@@ -38,8 +38,12 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path: Path) -> None:
     assert load_settings(Outer, [], ["name=a", "inner.rate=1e-3"]).inner.rate == 0.001
 
 
+def test_the_words_no_and_off_stay_words() -> None:
+    assert load_settings(Outer, [], ["name=no", "tags=[off, yes]"]) == Outer(name="no", tags=("off", "yes"))
+
+
 def test_written_settings_load_as_they_were(tmp_path: Path) -> None:
-    settings = Outer(name="a: 'b'", inner=Inner(rate=0.1), tags=("é",))
+    settings = Outer(name="a: 'b'", inner=Inner(rate=1e-5), tags=("é", "1e5", "no", "true", "12", "null", ""))
     write_settings(settings, tmp_path / "out.yaml")
     assert load_settings(Outer, [tmp_path / "out.yaml"], []) == settings
 
