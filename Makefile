@@ -8,9 +8,10 @@ RUN    := $(VENV)/bin/subject-diffusion
 .DEFAULT_GOAL := test
 
 $(STAMP): setup.cfg pyproject.toml
-	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --editable ".[test]"
-	touch $(STAMP)
+	@$(PYTHON) -m pip --version >/dev/null 2>&1 || python3 -m venv $(VENV)
+	@echo "installing into $(VENV): some minutes, once"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	@touch $(STAMP)
 
 demo: $(STAMP)
 	@$(RUN) generate --config configs/infer/demo.yaml

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
-import subprocess
+import os
+import re
 import sys
+from configparser import ConfigParser
+from fnmatch import fnmatch
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from setuptools import find_namespace_packages
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("data_pipeline", "model", "train", "infer")
@@ -22,9 +27,19 @@ FILES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob(
 
 
 def tracked() -> list[Path]:
-    """Files of the repository (in an unpacked source archive: all files but the environment)."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).exists()]
+    """Files that belong to the tree: all but `.git` and what `.gitignore` names (folders)."""
+    ignored = [*(ROOT / ".gitignore").read_text().split(), ".git"]
+    found: list[Path] = []
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [name for name in folders if not any(fnmatch(name, pattern.strip("/")) for pattern in ignored)]
+        found += [Path(folder, name) for name in names]
+    return found
+
+
+def read_setup() -> ConfigParser:
+    setup = ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    return setup
 
 
 def imported(path: Path) -> set[str]:
@@ -48,6 +63,44 @@ def test_no_file_is_called_like_a_standard_module_or_a_sibling_folder() -> None:
     taken = set(sys.stdlib_module_names) | set(PACKAGES) | {"utils", "helpers", "misc", "manager"}
     bad = [path for path in FILES if path.stem in taken and path.name != "__init__.py"]
     assert not bad
+
+
+def test_every_library_that_is_imported_is_required() -> None:
+    setup = read_setup()
+    lists = setup["options"]["install_requires"] + setup["options.extras_require"]["test"]
+    required = {re.split(r"[<>=]", line)[0].lower().replace("_", "-") for line in lists.split()}
+    distributions = packages_distributions()
+    for path in [*FILES, *sorted((ROOT / "tests").rglob("*.py"))]:
+        for name in imported(path) - set(sys.stdlib_module_names) - set(MAY_IMPORT) - {"tests"}:
+            owners = {owner.lower().replace("_", "-") for owner in distributions.get(name, [name])}
+            assert owners & required, f"{path.relative_to(ROOT)} imports {name}, which setup.cfg does not require"
+
+
+def test_every_folder_of_code_and_every_file_of_data_is_packaged() -> None:
+    setup = read_setup()
+    find = setup["options.packages.find"]
+    packages = find_namespace_packages(
+        str(ROOT), include=re.split(r",\s*", find["include"]), exclude=re.split(r",\s*", find["exclude"])
+    )
+    patterns = [
+        f"{package.replace('.', '/')}/{pattern}"
+        for package, listed in setup["options.package_data"].items()
+        for pattern in re.split(r",\s*", listed)
+    ]
+    for path in tracked():
+        inside = path.relative_to(ROOT)
+        if inside.parts[0] not in PACKAGES:
+            continue
+        if path.suffix == ".py":
+            assert ".".join(inside.parts[:-1]) in packages, f"{inside} would be missing from a wheel"
+        else:
+            assert any(fnmatch(str(inside), pattern) for pattern in patterns), f"{inside}: add it to package_data"
+
+
+def test_file_names_are_good_on_every_system() -> None:
+    names = [str(path.relative_to(ROOT)) for path in tracked()]
+    assert not [name for name in names if not re.fullmatch(r"[\w.\-/]+", name, re.ASCII)]
+    assert len({name.lower() for name in names}) == len(names), "two names differ in case only"
 
 
 def test_every_file_tells_its_story_first_and_stays_readable() -> None:
@@ -77,8 +130,6 @@ def test_the_first_screen_of_the_readme_has_both_commands_and_a_picture() -> Non
 
 
 def test_every_picture_and_file_that_the_documents_link_exists() -> None:
-    import re
-
     for document in ROOT.glob("*.md"):
         for target in re.findall(r"\]\(([^)#]+?)\)|src=\"([^\"]+)\"", document.read_text()):
             link = next(part for part in target if part)
