@@ -41,9 +41,9 @@ def read_cutout(path: Path) -> np.ndarray:
     bgra = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if bgra is None:
         raise SystemExit(f"error: {path}: not a picture")
-    rgba: np.ndarray = cv2.cvtColor(bgra, cv2.COLOR_BGRA2RGBA).astype(np.float32) / 255
+    rgba = np.asarray(cv2.cvtColor(bgra, cv2.COLOR_BGRA2RGBA), np.float32) / np.float32(255)
     rgba[..., :3] *= rgba[..., 3:]
-    small = cv2.resize(rgba, (CUTOUT_SIZE, CUTOUT_SIZE), interpolation=cv2.INTER_AREA)
+    small = np.asarray(cv2.resize(rgba, (CUTOUT_SIZE, CUTOUT_SIZE), interpolation=cv2.INTER_AREA), np.float32)
     small[..., :3] /= np.maximum(small[..., 3:], 1e-3)
     return (small.clip(0, 1) * 255).round().astype(np.uint8)
 

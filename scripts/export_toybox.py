@@ -2,7 +2,8 @@
 
     python scripts/export_toybox.py --runs ~/.cache/subject-diffusion/runs/toybox
 
-The base and the judges are saved whole, the subject model as its trained parts; the total must stay under 24 MB.
+The base is saved whole, the subject model as its trained parts; the total must stay under 24 MB. The judges are for
+evaluation only and stay with their runs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DModel
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -32,20 +33,13 @@ def halve(file: Path) -> None:
 
 
 def export_weights(runs: Path, target: Path) -> None:
-    """Replace `target` by the exports of the runs base, subject, judge_identity and judge_segment."""
+    """Replace `target` by the exports of the runs base and subject."""
     shutil.rmtree(target, ignore_errors=True)
-    pipeline = StableDiffusionPipeline.from_pretrained(runs / "base" / "export", torch_dtype=torch.float16)
+    pipeline = StableDiffusionPipeline.from_pretrained(runs / "base" / "export", dtype=torch.float16)
     pipeline.save_pretrained(target / "base")
     shutil.copytree(runs / "subject" / "export", target / "subject")
     for file in sorted((target / "subject").rglob("*.safetensors")):
         halve(file)
-    for name in ("judge_identity", "judge_segment"):
-        folder = runs / name / "export"
-        if name == "judge_segment":
-            UNet2DModel.from_pretrained(folder).half().save_pretrained(target / name)
-        else:
-            shutil.copytree(folder, target / name)
-            halve(target / name / "model.safetensors")
 
 
 def export_examples(target: Path) -> None:

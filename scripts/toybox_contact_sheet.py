@@ -48,7 +48,8 @@ def scene_card(scene: ToyboxScene) -> Image.Image:
 
 def chosen_scenes(count: int) -> list[ToyboxScene]:
     """The first `count` training scenes that hold subjects, each on another background."""
-    world, found = ToyboxWorld(size=SCENE, reference_size=96, seed=3), {}
+    world = ToyboxWorld(size=SCENE, reference_size=96, seed=3)
+    found: dict[str, ToyboxScene] = {}
     index = 0
     while len(found) < count:
         scene = world.scene(index)

@@ -1,0 +1,55 @@
+"""The README's commands and Python lines are run as they stand, in few steps and into a folder of the test."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.settings import load_settings
+from infer.cli import COMMANDS, main
+from train.settings import TrainSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(start: str) -> list[list[str]]:
+    """Arguments of each command of the README's code blocks that begins with `start`."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    text = "".join(block for language, block in blocks if not language)
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[len(start.split()) :] for line in lines if line.startswith(start)]
+
+
+@pytest.mark.parametrize("arguments", commands("subject-diffusion generate"), ids=lambda arguments: arguments[1])
+def test_a_generate_command_draws(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["generate", *arguments, "steps=2", f"output={tmp_path}"]) == 0
+    assert Path(capsys.readouterr().out.splitlines()[-1]).exists()
+
+
+def test_its_train_commands_have_settings_that_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = commands("subject-diffusion train") + [line[3:] for line in commands("torchrun")]
+    assert found
+    for arguments in found:
+        assert arguments[0] == "--config" and load_settings(TrainSettings, [Path(arguments[1])], arguments[2:])
+
+
+def test_its_python_lines_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (lines,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    names: dict[str, object] = {}
+    exec(lines.replace("guidance_scale=4.0", "guidance_scale=4.0, num_inference_steps=2"), names)
+    assert getattr(names["picture"], "size", None) == (64, 64)
+
+
+def test_it_names_every_command_and_make_target() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    expected = {f"make {target}" for target in targets} | {f"subject-diffusion {command}" for command in COMMANDS}
+    assert not {text for text in expected if text not in README + (ROOT / "CONTRIBUTING.md").read_text()}
