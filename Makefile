@@ -4,6 +4,9 @@ PYTHON := $(VENV)/bin/python
 STAMP  := $(VENV)/installed
 RUN    := $(VENV)/bin/subject-diffusion
 
+# Threads that wait by spinning make small tensors ten times slower on a machine that is busy with something else.
+demo test test-slow: export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test test-slow lint toybox
 .DEFAULT_GOAL := test
 

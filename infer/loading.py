@@ -43,7 +43,7 @@ def locate_model(name: str | Path) -> Path | str:
     return place
 
 
-def load_trained_parts(folder: Path, base: str | None, dtype: torch.dtype | None) -> dict[str, Any]:
+def load_trained_parts(folder: Path, base: str | None, dtype: torch.dtype) -> dict[str, Any]:
     """Components of trained parts over their base (or over `base`, whose shapes must fit), as keyword arguments.
 
     Raises:
@@ -70,9 +70,7 @@ def load_trained_parts(folder: Path, base: str | None, dtype: torch.dtype | None
         "image_encoder": parts.image_encoder,
     }
     for network in networks.values():
-        network.eval().requires_grad_(False)
-        if dtype is not None:
-            network.to(dtype)
+        network.eval().requires_grad_(False).to(dtype)
     return {**networks, "tokenizer": stock.tokenizer, "scheduler": stock.scheduler, "base": parts.base}
 
 

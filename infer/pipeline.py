@@ -119,19 +119,19 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
         Args:
             name: what to load.
             base: for trained parts, another base than the one they name (its shapes must fit).
-            kwargs: as for `DiffusionPipeline.from_pretrained`, among them `dtype` and components.
+            kwargs: as for `DiffusionPipeline.from_pretrained`, among them `dtype` (fp32 if not given) and components.
         Raises:
             UserError: no such model, or not a model of this kind.
         """
         place = locate_model(name)
+        # The libraries' own defaults differ: transformers keeps a file's fp16, diffusers loads fp32.
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
         if isinstance(place, Path) and (place / MANIFEST).exists():
-            dtype = kwargs.pop("torch_dtype", None)
-            components = load_trained_parts(place, base, kwargs.pop("dtype", dtype))
-            return cls(**{**components, **kwargs})
+            return cls(**{**load_trained_parts(place, base, dtype), **kwargs})
         if base is not None:
             kwargs["base"] = base
         with one_line_errors(f"model {name}"):
-            return super().from_pretrained(place, **{"use_safetensors": True, **kwargs})
+            return super().from_pretrained(place, **{"use_safetensors": True, "dtype": dtype, **kwargs})
 
     @property
     def subject_model(self) -> SubjectDiffusionModel:
