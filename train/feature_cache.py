@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -178,15 +180,13 @@ def write_scenes(scenes: list[EncodedScene], path: Path) -> None:
         name: torch.cat([getattr(scene, name) for scene in scenes]) for name in ("boxes", "masks", "pooled", "patches")
     } | {"latents": torch.stack([scene.latents for scene in scenes])}
     texts = [[s.caption, s.nouns, s.spans, s.reference_counts] for s in scenes]
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".part{os.getpid()}")  # several processes may build the same pool
     save_file(tensors, part, metadata={"scenes": json.dumps(texts)})
     part.rename(path)
 
 
 def read_scenes(path: Path) -> list[EncodedScene]:
     """The scenes that `write_scenes` wrote."""
-    from safetensors import safe_open
-
     tensors = load_file(path)
     with safe_open(path, "pt") as handle:
         texts = json.loads(handle.metadata()["scenes"])

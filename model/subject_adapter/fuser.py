@@ -59,6 +59,14 @@ class SubjectFuser(nn.Module):
         self.register_state_dict_post_hook(_gates_as_scalars)
         self.register_load_state_dict_pre_hook(_gates_as_vectors)
 
+    @torch.no_grad()
+    def start_with_zero_outputs(self) -> None:
+        """Open the gates and set the last layers to 0 instead: the untrained fuser still changes nothing."""
+        for gate, last in ((self.alpha_attn, self.attn.to_out[0]), (self.alpha_dense, self.ff.net[2])):
+            gate.fill_(1.0)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
     def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of subject tokens (B, N, D): each (B, N, inner)."""
         projected = self.norm1(self.linear(tokens))  # (B, N, C); LayerNorm is per token, so this equals LN[x; W o]

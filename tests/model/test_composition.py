@@ -55,8 +55,9 @@ def gradients(model: SubjectDiffusionModel, inputs: SubjectInputs) -> dict[str, 
 
 
 @torch.no_grad()
-def test_at_initialisation_the_output_is_the_bases_given_the_same_text_states(inputs):
-    model = tiny_subject_model(awake=False)
+@pytest.mark.parametrize("zero_start", ["gates", "outputs"])
+def test_at_initialisation_the_output_is_the_bases_given_the_same_text_states(inputs, zero_start):
+    model = tiny_subject_model(awake=False, zero_start=zero_start)
     context, condition = model.encode(inputs, SIZE)
     plain = tiny_unet()(LATENT, TIMESTEPS, context).sample
     torch.testing.assert_close(model.denoise(LATENT, TIMESTEPS, context, condition), plain, atol=1e-5, rtol=0)

@@ -49,6 +49,19 @@ def test_it_is_the_identity_before_training(image, condition):
     assert torch.equal(SubjectFuser("block", 16, 24, 2, 8)(image, condition), image)
 
 
+def test_zero_outputs_let_it_learn_from_the_first_step_where_zero_gates_hold_the_rest_back(image, condition):
+    reached = {}
+    for zero_outputs in (False, True):
+        fuser = SubjectFuser("block", 16, 24, 2, 8)
+        if zero_outputs:
+            fuser.start_with_zero_outputs()
+            assert torch.equal(fuser(image, condition), image)
+        (fuser(image, condition) * torch.randn(image.shape)).sum().backward()
+        reached[zero_outputs] = {name for name, p in fuser.named_parameters() if p.grad.abs().max() > 0}
+    assert reached[False] == {"alpha_attn", "alpha_dense"}
+    assert {"attn.to_out.0.weight", "ff.net.2.weight"} <= reached[True]
+
+
 def test_outputs_and_gradients_are_those_of_the_stock_layer(stock, fuser, image, condition):
     ours, theirs = fuser(image, condition), stock(image, condition.tokens)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
