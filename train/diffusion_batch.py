@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,13 +13,16 @@ from model.inputs import SubjectInputs
 from model.prompt import SubjectPrompt, build_prompt, encode_ids, supervised_weights
 from train.feature_cache import MASK_SIZE, EncodedScene
 
+REFERENCE_SHARES = (0.6, 0.25, 0.15)  # of batches with at most 1, 2, 3 references a subject
+
 
 @dataclass(frozen=True)
 class DiffusionBatch:
     """B pictures with up to S subjects."""
 
     latents: Tensor  # (B, C, h, w) scaled
-    inputs: SubjectInputs
+    inputs: SubjectInputs  # with every reference
+    pooled_each: Tensor  # (B, S, R, P) pooled vector of each reference
     masks: Tensor  # (B, S, MASK_SIZE, MASK_SIZE) 0..1
     supervised: Tensor  # (B, S, L) averaging weights over prompt positions
 
@@ -32,7 +35,7 @@ def diffusion_batch(
     rows, subjects = len(scenes), max(1, *(len(s.nouns) for s in scenes))
     references = max(1, *(max(s.reference_counts, default=0) for s in scenes))
     tokens, width = scenes[0].patches.shape[1:]
-    pooled = torch.zeros(rows, subjects, scenes[0].pooled.shape[1])
+    pooled = torch.zeros(rows, subjects, references, scenes[0].pooled.shape[1])
     patches = torch.zeros(rows, subjects, references, tokens, width)
     reference_keep = torch.zeros(rows, subjects, references, dtype=torch.bool)
     boxes = torch.zeros(rows, subjects, 4)
@@ -40,7 +43,7 @@ def diffusion_batch(
     for row, scene in enumerate(scenes):
         start = 0
         for slot, count in enumerate(scene.reference_counts):
-            pooled[row, slot] = scene.pooled[start : start + count].float().mean(dim=0)
+            pooled[row, slot, :count] = scene.pooled[start : start + count].float()
             patches[row, slot, :count] = scene.patches[start : start + count].float()
             reference_keep[row, slot, :count] = True
             start += count
@@ -52,7 +55,7 @@ def diffusion_batch(
         empty_input_ids=encode_ids(tokenizer, "").expand(rows, -1).clone(),
         placeholder_positions=_padded([p.placeholder_positions for p in prompts], subjects),
         noun_ids=_padded_ids(prompts, subjects),
-        pooled=pooled,
+        pooled=_mean_of_kept(pooled, reference_keep),
         patches=patches,
         reference_keep=reference_keep,
         subject_keep=reference_keep.any(dim=2),
@@ -63,9 +66,30 @@ def diffusion_batch(
     return DiffusionBatch(
         latents=torch.stack([scene.latents for scene in scenes]).float().to(device),
         inputs=inputs.to(device),
+        pooled_each=pooled.to(device),
         masks=masks.to(device),
         supervised=supervised_weights(prompts, subjects, supervise).to(device),
     )
+
+
+def draw_references(batch: DiffusionBatch, generator: torch.Generator) -> SubjectInputs:
+    """The conditions with at most 1, 2 or 3 references a subject, one draw a batch in `REFERENCE_SHARES`.
+
+    Padding costs as much as references do, so a batch with few of them is a quick one.
+    """
+    count = 1 + int(torch.multinomial(torch.tensor(REFERENCE_SHARES), 1, generator=generator))
+    keep = batch.inputs.reference_keep[:, :, :count]
+    return replace(
+        batch.inputs,
+        pooled=_mean_of_kept(batch.pooled_each[:, :, :count], keep),
+        patches=batch.inputs.patches[:, :, :count],
+        reference_keep=keep,
+    )
+
+
+def _mean_of_kept(pooled: Tensor, keep: Tensor) -> Tensor:
+    """(B, S, R, P) and (B, S, R) -> (B, S, P)."""
+    return (pooled * keep[..., None]).sum(dim=2) / keep.sum(dim=2, keepdim=True).clamp(min=1)
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:

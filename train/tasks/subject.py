@@ -22,7 +22,7 @@ from model.prompt import add_placeholder
 from model.sampling import denoise, initial_latents
 from model.saving import save_subject_model
 from model.subject_adapter import SubjectAdapter
-from train.diffusion_batch import DiffusionBatch
+from train.diffusion_batch import DiffusionBatch, draw_references
 from train.inputs_folder import input_folder
 from train.model_card import write_card
 from train.pictures import save_grid
@@ -47,7 +47,7 @@ class SubjectTraining(nn.Module):
         drops = draw_drops(len(batch.latents), self.table, generator).to(batch.latents.device)
         timesteps, noise, noisy = noised(self.scheduler, batch.latents, generator)
         recorder = AttentionMapRecorder(batch.supervised) if self.settings.attention_loss_weight else None
-        inputs = drop_conditions(batch.inputs, drops)
+        inputs = drop_conditions(draw_references(batch, generator), drops)
         prediction = self.model(noisy, timesteps, inputs, recorder=recorder)
         gamma = self.settings.snr_gamma
         error = denoising_loss(self.scheduler, prediction, batch.latents, noise, timesteps, gamma)
