@@ -108,7 +108,7 @@ class ClipTask:
         folder = settings.folder / "tokenizer"
         if not (folder / "tokenizer.json").exists():
             captions = [world.scene(-1 - i).caption for i in range(options["tokenizer_captions"])]
-            names = [f"a photo of a {subject.name} {subject.group_word}" for subject in world.archive.subjects]
+            names = [f"a photo of a {subject.name} {subject.group_word}" for subject in world.subjects]
             train_tokenizer(captions + names, text["vocab_size"], folder, text["context_length"])
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.architecture = self.architecture | {"text_cfg": text | {"vocab_size": len(self.tokenizer)}}
