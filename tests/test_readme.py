@@ -45,7 +45,7 @@ def test_its_python_lines_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     (lines,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     names: dict[str, object] = {}
-    exec(lines.replace("guidance_scale=4.0", "guidance_scale=4.0, num_inference_steps=2"), names)
+    exec(lines.replace(" guidance_scale=", " num_inference_steps=2, guidance_scale="), names)
     assert getattr(names["picture"], "size", None) == (64, 64)
 
 

@@ -47,7 +47,7 @@ Denoising loss on 32 scenes of families that no training step saw, fixed noise a
 
 _TOYBOX_LIMITS = (
     "64 px pictures of emoji-like things on drawn backgrounds; nothing of the real world. A first, short training: "
-    "colours and rough outlines of unseen subjects, hardly any detail; captions outside the toybox's vocabulary mean "
+    "the colours of unseen subjects in the place asked for, hardly any outline or detail; captions outside the toybox's vocabulary mean "
     "nothing to it."
 )
 _BASE_LIMITS = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import cv2
@@ -21,6 +21,7 @@ from data_pipeline.toybox.procedural import procedural_subject, recolour
 
 Generator = np.random.Generator
 SUBJECT_SHARES = (0.08, 0.42, 0.28, 0.14, 0.08)  # of scenes with 0, 1, 2, 3, 4 subjects
+MAX_SUBJECTS = 12
 SIDES = ((0.36, 0.75), (0.3, 0.52), (0.26, 0.42), (0.24, 0.36))  # longer side of a subject, share of the picture
 PROCEDURAL_POOL = 20_000  # different procedural subjects of one seed
 BACKGROUND_POOL = 48  # different paintings of one background
@@ -81,10 +82,19 @@ class ToyboxWorld:
         self.subjects = self.archive.of_split(split)
         if not self.subjects:
             raise ValueError(f"split {split!r}: no subjects; expected train, val or heldout")
+        if not 0 <= min_subjects <= max_subjects <= MAX_SUBJECTS:
+            raise ValueError(
+                f"min_subjects={min_subjects}, max_subjects={max_subjects}: "
+                f"expected 0 <= min_subjects <= max_subjects <= {MAX_SUBJECTS}"
+            )
+        if not 1 <= references[0] <= references[1]:
+            raise ValueError(f"references={references}: expected (fewest, most) with 1 <= fewest <= most")
+        if not 0 <= procedural_share <= 1:
+            raise ValueError(f"procedural_share={procedural_share}: expected a share from 0 to 1")
         self.seed, self.size, self.reference_size = seed, size, reference_size
         self.references, self.procedural_share = references, procedural_share
         shares = np.zeros(max_subjects + 1)
-        shares[min_subjects:] = [*SUBJECT_SHARES, *[0.04] * 8][min_subjects : max_subjects + 1]
+        shares[min_subjects:] = [*SUBJECT_SHARES, *[0.04] * (MAX_SUBJECTS - 4)][min_subjects : max_subjects + 1]
         self.shares = shares / shares.sum()
 
     def scene(self, index: int) -> ToyboxScene:
@@ -144,7 +154,9 @@ class ToyboxWorld:
         subject = self.subjects[int(rng.integers(len(self.subjects)))]
         cutout = self.archive.cutout(subject.id)
         if kind < self.procedural_share:
-            return subject, recolour(cutout, int(rng.integers(2**31)))
+            seed = int(rng.integers(2**31))
+            # Another thing of the same noun: an equal id would claim that it is the same one.
+            return replace(subject, id=f"{subject.id}-recoloured-{seed}"), recolour(cutout, seed)
         return subject, cutout
 
 
