@@ -47,8 +47,8 @@ Denoising loss on 32 scenes of families that no training step saw, fixed noise a
 
 _TOYBOX_LIMITS = (
     "64 px pictures of emoji-like things on drawn backgrounds; nothing of the real world. A first, short training: "
-    "the colours of unseen subjects in the place asked for, hardly any outline or detail; captions outside the toybox's vocabulary mean "
-    "nothing to it."
+    "the colours of unseen subjects in the place asked for, hardly any outline or detail; captions outside the "
+    "toybox's vocabulary mean nothing to it."
 )
 _BASE_LIMITS = (
     "Those of the base; attributes and accessories of a subject are hard to change; more than two subjects mix."
