@@ -9,6 +9,7 @@ evaluation only and stay with their runs.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -32,11 +33,20 @@ def halve(file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def forget_origin(folder: Path) -> None:
+    """Remove the path of the machine that a folder was saved from; diffusers writes it into every configuration."""
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text())
+        if content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def export_weights(runs: Path, target: Path) -> None:
     """Replace `target` by the exports of the runs base and subject."""
     shutil.rmtree(target, ignore_errors=True)
     pipeline = StableDiffusionPipeline.from_pretrained(runs / "base" / "export", dtype=torch.float16)
     pipeline.save_pretrained(target / "base")
+    forget_origin(target / "base")
     shutil.copytree(runs / "subject" / "export", target / "subject")
     for file in sorted((target / "subject").rglob("*.safetensors")):
         halve(file)

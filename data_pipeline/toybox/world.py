@@ -6,6 +6,7 @@ rendered separately from the target (other rotation, flip, light, background), s
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -173,8 +174,8 @@ def _background(name: str, number: int, size: int) -> np.ndarray:
 def place(count: int, rng: Generator) -> list[tuple[tuple[float, float], float]]:
     """Centres and sides of `count` subjects that hardly overlap, as shares of the picture."""
     low, high = SIDES[min(max(count, 1), len(SIDES)) - 1]
-    for attempt in range(200):
-        shrink = 0.97 ** (attempt // 8)
+    for attempt in itertools.count():
+        shrink = 0.97 ** (attempt // 8)  # crowded pictures: try again, ever smaller, until there is room
         found = []
         for _ in range(count):
             side = rng.uniform(low, high) * shrink
@@ -182,7 +183,7 @@ def place(count: int, rng: Generator) -> list[tuple[tuple[float, float], float]]
             found.append(((float(x), float(y)), float(side)))
         if all(_apart(a, b) for i, a in enumerate(found) for b in found[:i]):
             return found
-    raise AssertionError(f"{count} subjects were not placed")  # 200 tries shrink to a twentieth: cannot happen
+    raise AssertionError("an endless loop ended")
 
 
 def _apart(a: tuple[tuple[float, float], float], b: tuple[tuple[float, float], float]) -> bool:
@@ -209,19 +210,21 @@ def vary(cutout: np.ndarray, rng: Generator, *, pixels: float, degrees: float, h
     if view.shape[0] > 1.4 * pixels:
         side = max(8, math.ceil(1.2 * pixels))
         view = cv2.resize(view, (side, side), interpolation=cv2.INTER_AREA)
-    view = view.astype(np.float32) / 255
     if flip:
-        view = view[:, ::-1]
-    alpha = view[..., 3:]
-    # Contrast about mid-grey and light, on premultiplied colours.
-    colour = ((view[..., :3] * np.float32(contrast) + alpha * np.float32(0.5 - 0.5 * contrast + light)) * tint).clip(
-        0, alpha
-    )
+        view = cv2.flip(view, 1)
+    # Contrast about mid-grey and light, on premultiplied colours; plane by plane, which is several times faster.
+    *colours, alpha = (plane.astype(np.float32) / np.float32(255) for plane in cv2.split(view))  # (h, h) each
+    lift = alpha * np.float32(0.5 - 0.5 * contrast + light)
+    lit = [
+        np.clip((plane * np.float32(contrast) + lift) * share, 0, alpha)
+        for plane, share in zip(colours, tint, strict=True)
+    ]
+    view = cv2.merge([*lit, alpha])
     size = view.shape[0]
     diagonal = int(size * 1.42) + 2
     matrix = cv2.getRotationMatrix2D(((size - 1) / 2, (size - 1) / 2), turn, 1.0)
     matrix[:, 2] += (diagonal - size) / 2
-    turned = cv2.warpAffine(np.dstack([colour, alpha]), matrix, (diagonal, diagonal), flags=cv2.INTER_LINEAR)
+    turned = cv2.warpAffine(view, matrix, (diagonal, diagonal), flags=cv2.INTER_LINEAR)
     seen = turned[..., 3] > 0.3
     rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
     return turned[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -233,7 +236,8 @@ def _paste(canvas: np.ndarray, view: np.ndarray, centre: tuple[float, float], si
     scale = side * size / max(view.shape[:2])
     width, height = max(1, round(view.shape[1] * scale)), max(1, round(view.shape[0] * scale))
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    small = cv2.resize(view, (width, height), interpolation=method).clip(0, 1)
+    small = cv2.resize(view, (width, height), interpolation=method)
+    np.clip(small, 0, 1, out=small)
     left, top = round(centre[0] * size - width / 2), round(centre[1] * size - height / 2)
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + width, size), min(top + height, size)
     part = small[y0 - top : y1 - top, x0 - left : x1 - left]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def test_a_family_stands_in_one_split() -> None:
 def test_things_that_look_alike_by_name_are_one_family(names: tuple[str, ...]) -> None:
     by_name = {subject.name: subject.family for subject in SubjectArchive().subjects}
     assert len({by_name[name] for name in names}) == 1
+
+
+def test_all_clock_faces_are_one_family_and_all_moons_another() -> None:
+    subjects = SubjectArchive().subjects
+    faces = [subject.family for subject in subjects if re.search("o’clock|-thirty", subject.name)]
+    moons = [subject.family for subject in subjects if re.search(r"\bmoon( face)?$", subject.name)]
+    assert len(faces) == 24 and len(set(faces)) == 1
+    assert len(moons) >= 12 and len(set(moons)) == 1
 
 
 def test_the_splits_have_their_sizes() -> None:
