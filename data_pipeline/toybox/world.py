@@ -24,6 +24,7 @@ Generator = np.random.Generator
 SUBJECT_SHARES = (0.08, 0.42, 0.28, 0.14, 0.08)  # of scenes with 0, 1, 2, 3, 4 subjects
 MAX_SUBJECTS = 12
 SIDES = ((0.36, 0.75), (0.3, 0.52), (0.26, 0.42), (0.24, 0.36))  # longer side of a subject, share of the picture
+PROCEDURAL_SHARE = 0.4  # of training subjects are procedural or recoloured
 PROCEDURAL_POOL = 20_000  # different procedural subjects of one seed
 BACKGROUND_POOL = 48  # different paintings of one background
 BACKGROUND_SHARE = 0.5  # of references that stand on a background
@@ -75,10 +76,21 @@ class ToyboxWorld:
         min_subjects: int = 0,
         max_subjects: int = 4,
         references: tuple[int, int] = (1, 3),
-        procedural_share: float = 0.4,
+        procedural_share: float | None = None,
         archive: SubjectArchive | None = None,
     ) -> None:
-        """See `ToyboxScene`; `procedural_share` is the share of subjects that are procedural or recoloured."""
+        """A world is a function of its arguments: equal arguments, equal scenes.
+
+        Args:
+            split: train, val or heldout: whose subjects are drawn.
+            size: side of the scenes in pixels; `reference_size` that of the references.
+            min_subjects: fewest in a scene, `max_subjects` the most (at most 12).
+            references: fewest and most references of a subject.
+            procedural_share: share of subjects that are procedural or recoloured; None: 0.4 in train, else 0.
+            archive: where the cut-outs come from, the packaged one by default.
+        Raises:
+            ValueError: an argument is out of its range.
+        """
         self.archive = archive or SubjectArchive()
         self.subjects = self.archive.of_split(split)
         if not self.subjects:
@@ -90,6 +102,8 @@ class ToyboxWorld:
             )
         if not 1 <= references[0] <= references[1]:
             raise ValueError(f"references={references}: expected (fewest, most) with 1 <= fewest <= most")
+        if procedural_share is None:
+            procedural_share = PROCEDURAL_SHARE if split == "train" else 0.0
         if not 0 <= procedural_share <= 1:
             raise ValueError(f"procedural_share={procedural_share}: expected a share from 0 to 1")
         self.seed, self.size, self.reference_size = seed, size, reference_size
