@@ -46,6 +46,13 @@ def test_all_clock_faces_are_one_family_and_all_moons_another() -> None:
     assert len(moons) >= 12 and len(set(moons)) == 1
 
 
+def test_the_packaged_archive_follows_the_rules_of_this_version() -> None:
+    for subject in SubjectArchive().subjects:
+        assert subject.noun == noun_of(subject.name)
+        assert subject.group_word == group_word_of(subject.name, subject.group)
+        assert subject.split == split_of(subject.family)
+
+
 def test_the_splits_have_their_sizes() -> None:
     archive = SubjectArchive()
     total = len(archive.subjects)
