@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 MID_GREY = 127
+FILL = 0.9  # longer side of the subject as a share of the frame
 
 
 def prepare_reference(
-    cutout: np.ndarray, size: int, background: np.ndarray | None = None, *, fill: float = 0.9
+    cutout: np.ndarray, size: int, background: np.ndarray | None = None, *, fill: float = FILL
 ) -> Tensor:
     """Crop to the opaque part, keep the aspect, centre.
 

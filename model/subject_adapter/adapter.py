@@ -21,8 +21,9 @@ from model.inputs import SubjectInputs
 from model.subject_adapter.attachment import Attachment, detach, transformer_blocks
 from model.subject_adapter.condition import SubjectCondition
 from model.subject_adapter.fuser import SubjectFuser
-from model.subject_adapter.grounding import GroundingNetwork, Projection
+from model.subject_adapter.grounding import GroundingNetwork, Projection, fourier_box_features
 from model.subject_adapter.location import LocationConvolution, location_mask
+from model.subject_adapter.places import patch_boxes
 
 Fusion = Literal["before", "after"]
 ZeroStart = Literal["gates", "outputs"]
@@ -42,6 +43,8 @@ class SubjectAdapter(ModelMixin, ConfigMixin):
         patch_tokens: False leaves out grounding network and fusers.
         cls_token: False puts the noun's own embedding where the concept goes.
         box_features: False gives every token the null box feature.
+        patch_places: fusers look up each patch by where it would land in the picture (`places.py`), beside the
+            published box feature. Off in the published model.
         location: False leaves out the location mask.
         fusion, fusion_scale: where the concept enters the text encoder, and the factor on it (`text_fusion.py`).
         only_inside_box: each subject's tokens are visible inside its box only.
@@ -63,6 +66,7 @@ class SubjectAdapter(ModelMixin, ConfigMixin):
         patch_tokens: bool = True,
         cls_token: bool = True,
         box_features: bool = True,
+        patch_places: bool = False,
         location: bool = True,
         fusion: Fusion = "before",
         fusion_scale: float = 1.0,
@@ -79,7 +83,7 @@ class SubjectAdapter(ModelMixin, ConfigMixin):
         self.fusers = nn.ModuleDict()
         for path, (dim, heads, head_dim) in (blocks if patch_tokens else {}).items():
             name = _fuser_name(path)
-            self.fusers[name] = SubjectFuser(name, dim, context_dim, heads, head_dim)
+            self.fusers[name] = SubjectFuser(name, dim, context_dim, heads, head_dim, places=patch_places)
             if zero_start == "outputs":
                 self.fusers[name].start_with_zero_outputs()
         self.location_convolution = LocationConvolution(conv_in_channels) if location else None
@@ -217,6 +221,9 @@ class SubjectAdapter(ModelMixin, ConfigMixin):
             location=location.to(tokens.dtype),  # (B, 1, h, w)
             beta=beta,
             log_strength=None if as_trained else of_tokens(log_strength),
+            token_places=self._places(inputs, located, latent_size)
+            if self.config["patch_places"] and self.fusers
+            else None,
             token_boxes=of_tokens(boxes) if self.config["only_inside_box"] else None,
             active_rows=rows,
         )
@@ -231,11 +238,21 @@ class SubjectAdapter(ModelMixin, ConfigMixin):
         keep = (present[..., None] & inputs.reference_keep)[..., None].expand(tokens.shape[:-1])  # (B, S, R, T)
         return tokens.masked_fill(~keep[..., None], 0).flatten(1, 3), keep.flatten(1)
 
+    def _places(self, inputs: SubjectInputs, located: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        """Features of where every subject token lands, (B, N, 64); 0 where no place is known."""
+        references, patches = inputs.patches.shape[2:4]
+        boxes = patch_boxes(inputs.boxes.float(), patches, latent_size)  # (B, S, T, 4)
+        features = fourier_box_features(boxes).to(self.dtype) * located[..., None, None]  # (B, S, T, 64)
+        return features[:, :, None].expand(-1, -1, references, -1, -1).flatten(1, 3)
+
     def precompute(self, condition: SubjectCondition) -> SubjectCondition:
         """The same condition with keys and values of every fuser, which depend on neither image nor timestep."""
         rows = condition.active_rows
-        tokens = condition.tokens if rows is None else condition.tokens[rows]  # (A, N, D)
-        return replace(condition, key_values={fuser.name: fuser.keys_values(tokens) for fuser in self._fusers()})
+        tokens, places = condition.tokens, condition.token_places
+        if rows is not None:
+            tokens, places = tokens[rows], None if places is None else places[rows]  # (A, N, D), (A, N, 64)
+        cached = {fuser.name: fuser.keys_values(tokens, places) for fuser in self._fusers()}
+        return replace(condition, key_values=cached)
 
     def _fusers(self) -> Iterator[SubjectFuser]:
         for fuser in self.fusers.values():

@@ -20,6 +20,7 @@ class SubjectCondition:
     location: Tensor  # (B, 1, h, w) location mask at latent size: 0 inside boxes, 1 outside, 0 everywhere when null
     beta: float = 1.0  # scales both residuals
     log_strength: Tensor | None = None  # (B, N) added to the logits of the subject keys; None: strength 1
+    token_places: Tensor | None = None  # (B, N, 64) features of where each patch lands, 0 where no place is known
     token_boxes: Tensor | None = None  # (B, N, 4) xyxy fractions; when given, a token is visible inside its box only
     active_rows: Tensor | None = None  # (A,) int64: inference skips all other rows; None computes every row
     key_values: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # fuser name -> (A, N, C) each

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.subject_adapter.condition import SubjectCondition
+from model.subject_adapter.grounding import BOX_FEATURES, fourier_box_features
 from model.subject_adapter.location import grid_of_tokens, rasterise_boxes
+from model.subject_adapter.places import cell_boxes
 
 
 class _Projections(nn.Module):
@@ -43,9 +45,14 @@ class _Projections(nn.Module):
 
 
 class SubjectFuser(nn.Module):
-    """One adapter layer; its state dict is that of diffusers' `GatedSelfAttentionDense`."""
+    """One adapter layer; its state dict is that of diffusers' `GatedSelfAttentionDense`.
 
-    def __init__(self, name: str, query_dim: int, context_dim: int, heads: int, head_dim: int) -> None:
+    With `places`, queries and subject keys also carry where they are in the picture (`places.py`): `place.weight`.
+    """
+
+    def __init__(
+        self, name: str, query_dim: int, context_dim: int, heads: int, head_dim: int, places: bool = False
+    ) -> None:
         super().__init__()
         self.name = name
         self.linear = nn.Linear(context_dim, query_dim)
@@ -53,6 +60,10 @@ class SubjectFuser(nn.Module):
         self.ff = FeedForward(query_dim, activation_fn="geglu")
         self.norm1 = nn.LayerNorm(query_dim)
         self.norm2 = nn.LayerNorm(query_dim)
+        self.place = nn.Linear(BOX_FEATURES, heads * head_dim, bias=False) if places else None
+        if self.place is not None:
+            # Wide enough that an untrained fuser already looks at the patches that lie nearest.
+            nn.init.normal_(self.place.weight, std=0.15)
         # Shape (1,) and not (): DeepSpeed cannot start with 0-dim parameters. Files keep the published shape.
         self.alpha_attn = nn.Parameter(torch.zeros(1))
         self.alpha_dense = nn.Parameter(torch.zeros(1))
@@ -67,10 +78,21 @@ class SubjectFuser(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of subject tokens (B, N, D): each (B, N, inner)."""
+    def keys_values(self, tokens: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of subject tokens (B, N, D) with their places (B, N, 64): each (B, N, inner)."""
         projected = self.norm1(self.linear(tokens))  # (B, N, C); LayerNorm is per token, so this equals LN[x; W o]
-        return self.attn.to_k(projected), self.attn.to_v(projected)
+        keys = self.attn.to_k(projected)
+        if self.place is not None and places is not None:
+            keys = keys + self.place(places)
+        return keys, self.attn.to_v(projected)
+
+    def queries(self, normed: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        """(B, T, C) image tokens of one level -> (B, T, inner)."""
+        queries = self.attn.to_q(normed)
+        if self.place is None:
+            return queries
+        cells = cell_boxes(grid_of_tokens(normed.shape[1], latent_size), normed.device)  # (T, 4)
+        return queries + self.place(fourier_box_features(cells).to(queries.dtype))
 
     def forward(self, x: Tensor, condition: SubjectCondition) -> Tensor:
         """(B, T, C) image tokens -> (B, T, C); rows that are not active come back as they are."""
@@ -84,13 +106,20 @@ class SubjectFuser(nn.Module):
     def _fuse(self, x: Tensor, condition: SubjectCondition) -> Tensor:
         rows = condition.active_rows
         cached = condition.key_values.get(self.name)
-        keys, values = self.keys_values(_of_rows(condition.tokens, rows)) if cached is None else cached
+        if cached is None:
+            places = condition.token_places
+            cached = self.keys_values(
+                _of_rows(condition.tokens, rows), None if places is None else _of_rows(places, rows)
+            )
+        keys, values = cached
         normed = self.norm1(x)  # (B, T, C)
         keys = torch.cat([self.attn.to_k(normed), keys], dim=1)  # (B, T + N, inner)
         values = torch.cat([self.attn.to_v(normed), values], dim=1)
         mask = attention_bias(condition, x.shape[1], x.dtype)
         scale = (condition.beta * _of_rows(condition.factor, rows))[:, None, None].to(x.dtype)  # (B, 1, 1)
-        x = x + scale * self.alpha_attn.tanh() * self.attn.attend(self.attn.to_q(normed), keys, values, mask)
+        latent_size = (condition.location.shape[-2], condition.location.shape[-1])
+        queries = self.queries(normed, latent_size)  # (B, T, inner)
+        x = x + scale * self.alpha_attn.tanh() * self.attn.attend(queries, keys, values, mask)
         return x + scale * self.alpha_dense.tanh() * self.ff(self.norm2(x))  # (B, T, C)
 
 
