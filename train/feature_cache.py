@@ -31,6 +31,8 @@ from train.scenes import SceneDataset, as_tensor, make_world
 from train.settings import DataSettings
 
 CHUNK = 500  # scenes a file
+GROUP = 64  # scenes with like numbers of subjects that stand together
+GROUPS_A_WINDOW = 16
 MASK_SIZE = 16  # pixels, side of the stored entity masks
 
 
@@ -124,14 +126,23 @@ class _Prepared(Dataset[Any]):
 
 
 class CachedScenes(Dataset[EncodedScene]):
-    """Encoded scene of sample i: pool i // (scenes · passes), a new order in each pass."""
+    """Encoded scene of sample i: pool i // (scenes · passes), in a new order in each pass unless `shuffle` is off."""
 
-    def __init__(self, data: DataSettings, encoder: SceneEncoder, folder: Path, *, split: str | None = None) -> None:
-        self.data, self.encoder = data, encoder
+    def __init__(
+        self,
+        data: DataSettings,
+        encoder: SceneEncoder,
+        folder: Path,
+        *,
+        split: str | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        self.data, self.encoder, self.shuffle = data, encoder, shuffle
         world: ToyboxWorld = make_world(data, split=split)
         self.scenes = SceneDataset(world, encoder.prepare)
         self.folder = folder / f"cache-{self._fingerprint(split)}"
         self.pool, self.pool_number = [], -1  # type: list[EncodedScene], int
+        self.order, self.ordered = np.zeros(0, np.int64), (-1, -1)  # positions in the pool; of which pool and pass
 
     def _fingerprint(self, split: str | None) -> str:
         digest = hashlib.sha256(json.dumps([self.data.model_dump(), split, self.encoder.same_image]).encode())
@@ -147,8 +158,13 @@ class CachedScenes(Dataset[EncodedScene]):
         if number != self.pool_number:
             self.pool, self.pool_number = self._load(number), number
         pass_number, position = divmod(position, count)
-        order = np.random.default_rng((self.data.seed, number, pass_number)).permutation(count) if pass_number else None
-        return self.pool[position if order is None else int(order[position])]
+        if not self.shuffle:
+            return self.pool[position]
+        if (number, pass_number) != self.ordered:
+            rng = np.random.default_rng((self.data.seed, number, pass_number))
+            sizes = np.array([len(scene.nouns) for scene in self.pool])
+            self.order, self.ordered = grouped_order(sizes, rng), (number, pass_number)
+        return self.pool[int(self.order[position])]
 
     def _load(self, number: int) -> list[EncodedScene]:
         folder = self.folder / f"pool-{number:05d}"
@@ -172,6 +188,29 @@ class CachedScenes(Dataset[EncodedScene]):
             _Prepared(self.scenes, indices), batch_size=50, num_workers=self.data.workers, collate_fn=list
         )
         return [encoded for prepared in loader for encoded in self.encoder.encode(prepared)]
+
+
+def grouped_order(sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random order in which scenes with like numbers of subjects stand together.
+
+    A batch is padded to its fullest scene, and its padding costs as much as subjects do. Windows of a random
+    permutation are sorted by size and cut into groups; the groups are shuffled.
+
+    Args:
+        sizes: (N,) subjects of each scene.
+    Returns:
+        (N,) permutation.
+    """
+    order = rng.permutation(len(sizes))
+    window = GROUP * GROUPS_A_WINDOW
+    groups: list[np.ndarray] = []
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        part = part[np.argsort(sizes[part], kind="stable")]
+        groups += [part[first : first + GROUP] for first in range(0, len(part), GROUP)]
+    whole = [group for group in groups if len(group) == GROUP]
+    rest = [group for group in groups if len(group) < GROUP]  # last, so that groups stay aligned with batches
+    return np.concatenate([*(whole[i] for i in rng.permutation(len(whole))), *rest])
 
 
 def write_scenes(scenes: list[EncodedScene], path: Path) -> None:

@@ -21,6 +21,7 @@ def make_world(data: DataSettings, *, split: str | None = None, seed: int | None
         seed=data.seed if seed is None else seed,
         size=data.size,
         reference_size=data.size,
+        min_subjects=data.min_subjects,
         max_subjects=data.max_subjects,
         references=data.references,
         procedural_share=data.procedural_share if split is None else 0.0,

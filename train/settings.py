@@ -21,6 +21,7 @@ class DataSettings(Settings):
     split: Literal["train", "val"] = "train"
     seed: int = 0
     size: int = Field(64, ge=16)  # pixels, width and height
+    min_subjects: int = Field(0, ge=0, le=4)
     max_subjects: int = Field(4, ge=0, le=8)
     references: tuple[int, int] = (1, 3)  # fewest and most references a subject
     procedural_share: float = Field(0.4, ge=0, le=1)  # share of subjects that are procedural or recoloured
@@ -45,6 +46,7 @@ class DiffusionSettings(Settings):
     """Tasks base and subject."""
 
     snr_gamma: float | None = 5.0  # min-SNR-gamma (arXiv 2303.09556); null: every timestep weighs the same
+    mask_weight: float = Field(1.0, gt=0)  # of the denoising error inside entity masks; 1 outside; task subject
     attention_loss_weight: float = Field(0.01, ge=0)  # attention-map loss, task subject
     attention_loss_kind: Literal["balanced", "absolute"] = "balanced"
     supervise: tuple[Literal["placeholder", "noun", "caption"], ...] = ("placeholder", "noun")

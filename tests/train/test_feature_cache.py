@@ -6,13 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
 from model.image_encoder import SubjectImageEncoder
 from model.open_clip_conversion import load_open_clip
-from train.feature_cache import MASK_SIZE, CachedScenes, EncodedScene, SceneEncoder, read_scenes, write_scenes
+from train.feature_cache import (
+    GROUP,
+    GROUPS_A_WINDOW,
+    MASK_SIZE,
+    CachedScenes,
+    EncodedScene,
+    SceneEncoder,
+    grouped_order,
+    read_scenes,
+    write_scenes,
+)
 from train.settings import DataSettings
 
 DATA = DataSettings(size=32, workers=0, cache_scenes=6, cache_passes=2)
@@ -73,3 +84,13 @@ def test_references_can_be_cut_from_the_picture_itself(encoder: Callable[..., An
         assert set(own[i].reference_counts) <= {1}
         if own[i].nouns:
             assert not torch.equal(own[i].pooled[0], other[i].pooled[0])
+
+
+def test_scenes_with_like_numbers_of_subjects_stand_together() -> None:
+    sizes = np.random.default_rng(0).integers(0, 5, 2 * GROUP * GROUPS_A_WINDOW + 10)
+    order = grouped_order(sizes, np.random.default_rng(1))
+    assert sorted(order) == list(range(len(sizes)))
+    spread = [np.ptp(sizes[order[i : i + GROUP]]) for i in range(0, len(order) - GROUP, GROUP)]
+    assert np.mean(spread) < 1 and max(spread) <= 2
+    starts = [sizes[order[i]] for i in range(0, len(order) - GROUP, GROUP)]
+    assert starts != sorted(starts)

@@ -31,13 +31,26 @@ def noised(scheduler: DDIMScheduler, latents: Tensor, generator: torch.Generator
 
 
 def denoising_loss(
-    scheduler: DDIMScheduler, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, gamma: float | None
+    scheduler: DDIMScheduler,
+    prediction: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    gamma: float | None,
+    cell_weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error, weighted by min-SNR-gamma: scalar."""
-    error = (
-        (prediction.float() - diffusion_target(scheduler, latents, noise, timesteps)).square().flatten(1).mean(dim=1)
-    )
-    return (error * snr_weights(scheduler, timesteps, gamma)).mean()
+    """Mean squared error, weighted by min-SNR-gamma and by place: scalar.
+
+    Args:
+        prediction, latents, noise: (B, C, h, w).
+        timesteps: (B,).
+        gamma: of min-SNR; None weighs every timestep the same.
+        cell_weights: (B, 1, h, w) weight of each latent cell; None: 1.
+    """
+    error = (prediction.float() - diffusion_target(scheduler, latents, noise, timesteps)).square()  # (B, C, h, w)
+    if cell_weights is not None:
+        error = error * cell_weights
+    return (error.flatten(1).mean(dim=1) * snr_weights(scheduler, timesteps, gamma)).mean()
 
 
 class BaseTraining(nn.Module):
@@ -85,7 +98,7 @@ class DiffusionData:
         caches = settings.folder.parent
         self.scenes = CachedScenes(settings.data, scene_encoder, caches)
         small = settings.data.model_copy(update={"cache_scenes": 64, "seed": settings.data.seed + 1})
-        self.unseen = CachedScenes(small, scene_encoder, caches, split="val")
+        self.unseen = CachedScenes(small, scene_encoder, caches, split="val", shuffle=False)
 
     def collate(self, scenes: list[EncodedScene]) -> DiffusionBatch:
         return diffusion_batch(scenes, self.tokenizer, self.settings.diffusion.supervise, self.device)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from model.attention_maps import AttentionMapRecorder, install_recording
@@ -50,13 +51,21 @@ class SubjectTraining(nn.Module):
         inputs = drop_conditions(draw_references(batch, generator), drops)
         prediction = self.model(noisy, timesteps, inputs, recorder=recorder)
         gamma = self.settings.snr_gamma
-        error = denoising_loss(self.scheduler, prediction, batch.latents, noise, timesteps, gamma)
+        weights = mask_weights(batch, self.settings.mask_weight)
+        error = denoising_loss(self.scheduler, prediction, batch.latents, noise, timesteps, gamma, weights)
         if recorder is None:
             return error, {"denoising": error}
         # A row whose text was dropped has no supervised tokens left.
         named = inputs.subject_keep & (inputs.placeholder_positions >= 0)  # (B, S)
         attention = attention_map_loss(recorder.maps, batch.masks, named, kind=self.settings.attention_loss_kind)
         return error + self.settings.attention_loss_weight * attention, {"denoising": error, "attention": attention}
+
+
+def mask_weights(batch: DiffusionBatch, inside: float) -> Tensor:
+    """(B, 1, h, w): `inside` where a latent cell is wholly covered by entities, 1 where none is."""
+    size = (batch.latents.shape[2], batch.latents.shape[3])
+    covered = functional.adaptive_avg_pool2d(batch.masks.sum(dim=1, keepdim=True).clamp(max=1), size)  # (B, 1, h, w)
+    return 1 + (inside - 1) * covered
 
 
 class SubjectTask:

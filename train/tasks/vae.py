@@ -98,6 +98,8 @@ class VaeTask:
         patch = 2 ** (len(architecture["block_out_channels"]) - 1)
         code = PatchCode(fitted_on, patch, architecture["latent_channels"]).to(device)
         self.vae = AutoencoderKL(**architecture, force_upcast=False)
+        # An untrained posterior has a spread of 1, as much as the code itself; the first end-to-end steps would drown.
+        nn.init.constant_(self.vae.quant_conv.bias[architecture["latent_channels"] :], -6.0)
         self.module = VaeLoss(self.vae, code, **options)
         unseen = make_world(settings.data, split="val", seed=settings.data.seed + 1)
         self.unseen = torch.stack([as_tensor(unseen.scene(i).image) for i in range(64)]).to(device)
