@@ -27,6 +27,7 @@ SIDES = ((0.36, 0.75), (0.3, 0.52), (0.26, 0.42), (0.24, 0.36))  # longer side o
 PROCEDURAL_SHARE = 0.4  # of training subjects are procedural or recoloured
 PROCEDURAL_POOL = 20_000  # different procedural subjects of one seed
 BACKGROUND_POOL = 48  # different paintings of one background
+MIRROR_SHARE = 0.2  # of references that are mirrored against the target
 BACKGROUND_SHARE = 0.5  # of references that stand on a background
 
 
@@ -119,6 +120,8 @@ class ToyboxWorld:
         subjects = [self._subject(rng) for _ in range(count)]
         background = str(rng.choice(list(BACKGROUNDS)))
         boxes = place(count, rng)
+        # Half of the subjects are mirrored; their references follow, so that few are mirrored against the target.
+        subjects = [(s, cv2.flip(cutout, 1) if rng.random() < 0.5 else cutout) for s, cutout in subjects]
         placements = [
             Placement(vary(cutout, rng, pixels=side * self.size, degrees=15, hue=6), centre, side)
             for (_, cutout), (centre, side) in zip(subjects, boxes, strict=True)
@@ -145,7 +148,7 @@ class ToyboxWorld:
     def reference(self, cutout: np.ndarray, rng: Generator) -> np.ndarray:
         """One separately rendered view: (R, R, 4) uint8 RGBA, subject filling the frame."""
         size = self.reference_size
-        view = vary(cutout, rng, pixels=size, degrees=25, hue=4)
+        view = vary(cutout, rng, pixels=size, degrees=25, hue=4, mirror=MIRROR_SHARE)
         canvas = np.zeros((size, size, 4), np.float32)
         _paste(canvas, view, (0.5, 0.5), 0.96)
         canvas[..., :3] /= np.maximum(canvas[..., 3:], 1e-3)
@@ -206,18 +209,21 @@ def _apart(a: tuple[tuple[float, float], float], b: tuple[tuple[float, float], f
     return gap > -min(a[1], b[1]) / 8
 
 
-def vary(cutout: np.ndarray, rng: Generator, *, pixels: float, degrees: float, hue: float) -> np.ndarray:
-    """Another view of a cut-out: flip, rotation, light, slight tint; cropped to what is seen.
+def vary(
+    cutout: np.ndarray, rng: Generator, *, pixels: float, degrees: float, hue: float, mirror: float = 0.0
+) -> np.ndarray:
+    """Another view of a cut-out: mirror image, rotation, light, slight tint; cropped to what is seen.
 
     Args:
         cutout: (h, h, 4) uint8 RGBA.
         pixels: side at which the view will be drawn; a much larger cut-out is averaged down first.
         degrees: largest rotation.
         hue: largest tint of a colour channel, per cent.
+        mirror: share of views that are mirrored.
     Returns:
         (height, width, 4) float32 RGBA, premultiplied, 0..1.
     """
-    flip, turn = rng.random() < 0.5, rng.uniform(-degrees, degrees)
+    flip, turn = rng.random() < mirror, rng.uniform(-degrees, degrees)
     light, contrast = rng.uniform(-0.08, 0.08), rng.uniform(0.88, 1.1)
     tint = 1 + rng.uniform(-hue, hue, 3).astype(np.float32) / 100
     view = _premultiplied(cutout)

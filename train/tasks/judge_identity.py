@@ -1,6 +1,6 @@
 """The identity judge: a self-supervised image encoder that tells subjects apart, for evaluation only.
 
-Two separate renders of a subject, on two backgrounds, are a positive pair; all others in the batch are negatives
+Two separate renders of a subject, cut from two scenes, are a positive pair; all others in the batch are negatives
 (SimCLR, arXiv 2002.05709, equation 1). Nothing of it, weights or batches, is shared with the models that it judges.
 """
 
@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -18,10 +19,16 @@ from torch.nn import functional
 from torchvision.models import shufflenet_v2_x0_5
 
 from data_pipeline.toybox.backgrounds import BACKGROUNDS
-from data_pipeline.toybox.world import BACKGROUND_POOL, Placement, ToyboxScene, ToyboxWorld, compose
+from data_pipeline.toybox.world import BACKGROUND_POOL, Placement, ToyboxScene, box_of, compose
+from train.crops import crop_to_boxes
 from train.pictures import save_grid
 from train.scenes import SceneDataset, as_tensor, make_world
 from train.settings import TrainSettings
+
+SIDES = (0.34, 0.9)  # longer side of the subject, share of the picture
+JITTER = 0.06  # of the box edges, share of that side
+UNSEEN_SCENES = 150  # whose different subjects the judge is validated on
+BLUR_SHARE = 0.5  # of pictures are blurred, so that sharpness tells nothing
 
 
 class IdentityJudge(nn.Module):
@@ -64,14 +71,15 @@ class IdentityJudgeTask:
         options: dict[str, Any] = {"temperature": 0.1} | settings.options
         self.loader_workers, self.device = settings.data.workers, device
         self.module = PairLoss(IdentityJudge(), options["temperature"])
-        data = settings.data.model_copy(update={"references": (2, 2), "max_subjects": 1})
-        self.dataset = SceneDataset(_single(data, None), self._pair, distinct=settings.data.distinct_scenes)
-        unseen = SceneDataset(_single(data, "val"), self._pair)
-        self.unseen = self.collate([unseen[i] for i in range(100)])
+        data = settings.data.model_copy(update={"references": (2, 2), "min_subjects": 1, "max_subjects": 1})
+        self.dataset = SceneDataset(make_world(data), self._pair, distinct=settings.data.distinct_scenes)
+        world = make_world(data, split="val")
+        one_each = {scene.entities[0].subject.id: scene for scene in map(world.scene, range(UNSEEN_SCENES))}
+        self.unseen = self.collate([self._pair(scene) for scene in one_each.values()])
 
     def _pair(self, scene: ToyboxScene) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng((scene.index % 2**62, 1))
-        return tuple(_on_background(view, rng) for view in scene.entities[0].references)
+        return tuple(_seen_in_a_scene(view, rng) for view in scene.entities[0].references)
 
     def collate(self, items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         first, second = zip(*items, strict=True)
@@ -86,9 +94,8 @@ class IdentityJudgeTask:
             [[first[i] for i in range(12)], [second[nearest[i]] for i in range(12)], [second[i] for i in range(12)]],
             picture,
         )
-        return {
-            "retrieval_at_1_of_100": float((nearest == torch.arange(len(first), device=nearest.device)).float().mean())
-        }
+        found = (nearest == torch.arange(len(first), device=nearest.device)).float().mean()
+        return {"retrieval_at_1": float(found), "gallery": len(first)}
 
     def export(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,17 +109,14 @@ class IdentityJudgeTask:
         (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _single(data: Any, split: str | None) -> ToyboxWorld:
-    world = make_world(data, split=split)
-    world.shares = np.array([0.0, 1.0])  # always exactly one subject
-    return world
-
-
-def _on_background(view: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """A reference view, large, at a random place of a random background."""
+def _seen_in_a_scene(view: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """A reference view in a scene, cut out by its box, as drawn ones will be: some small and coarse, some blurred."""
     size = view.shape[0]
-    side = rng.uniform(0.6, 0.95)
+    side = rng.uniform(*SIDES)
     centre = tuple(rng.uniform(side / 2 - 0.05, 1.05 - side / 2, 2))
     name = str(rng.choice(list(BACKGROUNDS)))
-    picture, _ = compose([Placement(view, centre, side)], name, int(rng.integers(BACKGROUND_POOL)), size)
-    return as_tensor(picture)
+    picture, masks = compose([Placement(view, centre, side)], name, int(rng.integers(BACKGROUND_POOL)), size)
+    box = np.asarray(box_of(masks[0])) / size + rng.uniform(-JITTER, JITTER, 4) * side
+    if rng.random() < BLUR_SHARE:
+        picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.4, 1.2))
+    return crop_to_boxes(as_tensor(picture)[None], torch.from_numpy(box)[None], size)[0]
