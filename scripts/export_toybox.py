@@ -2,8 +2,8 @@
 
     python scripts/export_toybox.py --runs ~/.cache/subject-diffusion/runs/toybox
 
-The base is saved whole, the subject model as its trained parts; the total must stay under 24 MB. The judges are for
-evaluation only and stay with their runs.
+The base is saved whole, the subject model as its trained parts, the judges for `scripts/bench_toybox.py`; the total
+must stay under 24 MB.
 """
 
 from __future__ import annotations
@@ -42,14 +42,17 @@ def forget_origin(folder: Path) -> None:
 
 
 def export_weights(runs: Path, target: Path) -> None:
-    """Replace `target` by the exports of the runs base and subject."""
+    """Replace `target` by the exports of the runs base, subject and judges."""
     shutil.rmtree(target, ignore_errors=True)
     pipeline = StableDiffusionPipeline.from_pretrained(runs / "base" / "export", dtype=torch.float16)
     pipeline.save_pretrained(target / "base")
     forget_origin(target / "base")
     shutil.copytree(runs / "subject" / "export", target / "subject")
-    for file in sorted((target / "subject").rglob("*.safetensors")):
-        halve(file)
+    for judge in ("identity", "segment"):
+        shutil.copytree(runs / f"judge_{judge}" / "export", target / "judges" / judge)
+    for folder in ("subject", "judges"):
+        for file in sorted((target / folder).rglob("*.safetensors")):
+            halve(file)
 
 
 def export_examples(target: Path) -> None:

@@ -1,0 +1,1 @@
+"""Measuring pictures against the truth of the toybox: judges, protocol, scores."""
