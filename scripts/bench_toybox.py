@@ -31,11 +31,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from bench_world import processor_name
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data_pipeline.errors import run_command
+from data_pipeline.machine import processor_name
 from data_pipeline.toybox.archive import SubjectArchive, ToyboxSubject
 from infer.evaluate.judges import Judges, boxes_of_things
 from infer.evaluate.scores import found_first, placement

@@ -10,26 +10,15 @@ first scenes, which decode the cut-outs, are drawn before the clock starts.
 from __future__ import annotations
 
 import argparse
-import platform
 import time
-from pathlib import Path
 
 import cv2
 
+from data_pipeline.machine import processor_name
 from data_pipeline.toybox.world import ToyboxWorld
 
 WARM_UP = 500  # scenes
 FAR = 10**9  # index of the first warm-up scene: none of those that are timed
-
-
-def processor_name() -> str:
-    """The processor's name as the system tells it."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def scenes_per_second(size: int, scenes: int, rounds: int) -> float:
