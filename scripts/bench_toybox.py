@@ -2,7 +2,8 @@
 
     python scripts/bench_toybox.py
     python scripts/bench_toybox.py --model ~/.cache/subject-diffusion/runs/toybox/subject/export --base … --judges …
-    python scripts/bench_toybox.py --sheet docs/images/heldout.png --pair-sheet docs/images/pairs.png --json scores.json
+    python scripts/bench_toybox.py --sheet docs/images/heldout.png --pair-sheet docs/images/pairs.png \\
+        --card model/weights/toybox/subject/README.md
 
 40 held-out subjects, one a family, in the archive's order; four prompts each without colour words, half of them with
 the group word ("animal") in place of the noun; and 40 pairs. Every row answers the same requests:
@@ -27,7 +28,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ from data_pipeline.toybox.archive import SubjectArchive, ToyboxSubject
 from infer.evaluate.judges import Judges, boxes_of_things
 from infer.evaluate.scores import found_first, placement
 from infer.evaluate.toybox_truth import (
+    GALLERY,
     PROMPTS,
     SIZE,
     BackgroundJudge,
@@ -53,9 +55,11 @@ from infer.loading import SHIPPED
 from infer.pipeline import SubjectDiffusionPipeline
 from infer.subjects import Subject
 from model.reference import prepare_reference
+from train.model_card import replace_section
 from train.pictures import to_uint8
 
 BATCH = 16
+FRAME = (0.05, 0.05, 0.95, 0.95)  # box of the subject in a prepared reference
 BARS = {"share_of_ceiling": 0.5, "no_reference": 0.15, "placement": 0.6, "both_found": 0.7}
 
 
@@ -118,7 +122,7 @@ class Scorer:
 
     def _given(self, request: Request) -> Tensor:
         frames = torch.stack([prepare_reference(reference, SIZE) for reference in request.references])
-        return self.judges.describe(frames, torch.tensor([[0.05, 0.05, 0.95, 0.95]]).expand(len(frames), -1))
+        return self.judges.describe(frames, torch.tensor([FRAME]).expand(len(frames), -1))
 
 
 def draw(
@@ -160,14 +164,24 @@ def copied(requests: Sequence[Request]) -> Tensor:
     return torch.stack([prepare_reference(request.references[0], SIZE) for request in requests])
 
 
-def score(name: str, scorer: Scorer, singles: tuple[Tensor, list[Request]], pairs: tuple[Tensor, list[Request]]) -> Row:
-    """All scores of one way to answer."""
-    alone = [found for (found,) in scorer.found(*singles)]
-    both = [all(found) for found in scorer.found(*pairs)]
+def score(
+    name: str,
+    scorer: Scorer,
+    singles: tuple[Tensor, list[Request]],
+    pairs: tuple[Tensor, list[Request]],
+    everywhere: bool = False,
+) -> Row:
+    """All scores of one way to answer; `everywhere`: the subject fills the picture, whatever box was asked for."""
+
+    def looked_at(requests: list[Request]) -> list[Request]:
+        return [replace(r, boxes=(FRAME,) * len(r.boxes)) for r in requests] if everywhere else requests
+
+    alone = [found for (found,) in scorer.found(singles[0], looked_at(singles[1]))]
+    both = [all(found) for found in scorer.found(pairs[0], looked_at(pairs[1]))]
     return Row(
         name=name,
         retrieval=sum(alone) / len(alone),
-        copy=scorer.copying(*singles),
+        copy=scorer.copying(singles[0], looked_at(singles[1])),
         placement=scorer.placement(*singles),
         background=scorer.background(*singles),
         both_found=sum(both) / len(both),
@@ -244,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sheet", type=Path, help="PNG of all subjects: reference, then its four pictures")
     parser.add_argument("--pair-sheet", type=Path, help="PNG of all pairs: two references, then the picture")
     parser.add_argument("--json", type=Path, help="scores as JSON")
+    parser.add_argument("--card", type=Path, help="model card whose section of scores is written anew")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     archive, judges = SubjectArchive(), Judges.load(options.judges)
@@ -253,8 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scorer = Scorer(archive, judges, subjects)
     singles, pairs = single_requests(archive, subjects), pair_requests(archive, subjects)
 
-    def answer(name: str, one: Tensor, two: Tensor) -> Row:
-        return score(name, scorer, (one, singles), (two, pairs))
+    def answer(name: str, one: Tensor, two: Tensor, everywhere: bool = False) -> Row:
+        return score(name, scorer, (one, singles), (two, pairs), everywhere)
 
     real, real_pairs = (torch.stack([request.real for request in asked]) for asked in (singles, pairs))
     drawn, drawn_pairs = (draw(pipeline, asked, options, True) for asked in (singles, pairs))
@@ -263,16 +278,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         answer("no reference", *(draw(pipeline, asked, options, False) for asked in (singles, pairs))),
         answer("real render", real, real_pairs),
         answer("real render, decoded", decoded(pipeline, real), decoded(pipeline, real_pairs)),
-        answer("copied reference", copied(singles), copied(pairs)),
+        answer("copied reference", copied(singles), copied(pairs), everywhere=True),
     ]
     chance = scorer.placement(real, singles, shift=PROMPTS)
-    print(table(rows))
-    print(f"{len(subjects)} subjects x {PROMPTS} prompts, {len(pairs)} pairs, {options.steps} steps, text guidance")
-    print(
-        f"{options.guidance}, subject guidance {options.subject_guidance}; chance: retrieval@1 0.02, IoU {chance:.2f}"
-    )
-    print("\n".join(bars(rows[0], rows[1], rows[2])))
+    told = [
+        table(rows),
+        "",
+        f"{len(subjects)} held-out subjects x {PROMPTS} prompts and {len(pairs)} pairs; {options.steps} steps, text "
+        f"guidance {options.guidance:g}, subject guidance {options.subject_guidance:g}. Chance: retrieval@1 "
+        f"{1 / GALLERY:.2f}, placement IoU {chance:.2f}.",
+        "",
+        *(f"- {line}" for line in bars(rows[0], rows[1], rows[2])),
+    ]
+    print("\n".join(told))
     print(f"{time.perf_counter() - start:.0f} s on {os.cpu_count()} cores, {processor_name()}")
+    if options.card:
+        replace_section(options.card, "Scores", "\n".join(["`python scripts/bench_toybox.py`:", "", *told]))
     if options.sheet:
         sheet(drawn, singles, PROMPTS, 4, options.sheet)
     if options.pair_sheet:

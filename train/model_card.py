@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,18 @@ def write_card(settings: TrainSettings, base: str, parameters: int, device: str)
         if toybox
         else "The base's licence (OpenRAIL-M) and its use restrictions carry over to these weights.",
     )
+
+
+def replace_section(card: Path, title: str, text: str) -> None:
+    """Put `text` under the heading `## title` of a card, before its limits if there is no such heading yet."""
+    before, *rest = re.split(r"(?m)^(?=## )", card.read_text(encoding="utf-8"))
+    section = f"## {title}\n\n{text.strip()}\n\n"
+    titles = [part.splitlines()[0].removeprefix("## ") for part in rest]
+    if title in titles:
+        rest[titles.index(title)] = section
+    else:
+        rest.insert(titles.index("Limits") if "Limits" in titles else len(rest), section)
+    card.write_text("".join([before, *rest]), encoding="utf-8")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

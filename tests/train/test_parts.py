@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import nn
 
 from data_pipeline.errors import UserError
 from train import checkpoints
 from train.checkpoints import list_checkpoints, read_checkpoint, write_checkpoint
+from train.diffusion_batch import DiffusionBatch
 from train.loop import StepBatches, _Averaged
+from train.model_card import replace_section
 from train.schedule import learning_rate_factor
 from train.settings import OptimizerSettings
+from train.tasks.base import denoising_loss
+from train.tasks.subject import mask_weights
 from train.tasks.vae import PatchCode
 
 
@@ -94,3 +99,32 @@ def test_the_patch_code_with_all_components_is_lossless_and_fewer_lose_more() ->
         errors.append(float((code.decode(code.encode(pictures)) - pictures).abs().mean()))
     assert errors[0] < 1e-5 < errors[1] < errors[2]
     assert PatchCode(pictures, 4, 6).encode(pictures).shape == (40, 6, 2, 2)
+
+
+def test_cells_inside_masks_weigh_more_in_the_denoising_loss() -> None:
+    masks = torch.zeros(1, 2, 16, 16)
+    masks[0, 0, :8, :8] = 1.0  # the upper left quarter
+    masks[0, 1, :8, :8] = 0.5  # twice covered counts once
+    masks[0, 1, 8:10, 8:10] = 0.5  # half of one cell of 4 x 4
+    batch = DiffusionBatch(torch.zeros(1, 4, 8, 8), *[torch.empty(0)] * 2, masks, torch.empty(0))  # type: ignore[arg-type]
+    weights = mask_weights(batch, 4.0)
+    assert weights.shape == (1, 1, 8, 8)
+    assert (weights[0, 0, :4, :4] == 4).all() and (weights[0, 0, 4:, :4] == 1).all()
+    assert weights[0, 0, 4, 4] == 2.5
+    scheduler, gamma = DDIMScheduler(prediction_type="v_prediction"), None
+    one, two = torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)
+    one[..., :4, :4], two[..., 4:, 4:] = 1.0, 1.0
+    inside, outside = (
+        denoising_loss(scheduler, error, torch.zeros_like(error), torch.zeros_like(error), torch.tensor([5]), gamma, w)
+        for error, w in ((one, weights), (two, torch.ones_like(weights)))
+    )
+    assert inside == pytest.approx(4 * float(outside))
+
+
+def test_a_cards_section_is_written_before_its_limits_and_then_replaced(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text("# Model\n\nIt draws.\n\n## Measures\n\n1\n\n## Limits\n\nMany.\n")
+    replace_section(card, "Scores", "first")
+    replace_section(card, "Scores", "second")
+    expected = "# Model\n\nIt draws.\n\n## Measures\n\n1\n\n## Scores\n\nsecond\n\n## Limits\n\nMany.\n"
+    assert card.read_text() == expected
