@@ -122,7 +122,7 @@ def seen_in_a_scene(cutout: np.ndarray, rng: np.random.Generator) -> tuple[Tenso
 
 
 def in_another_hue(cutout: np.ndarray, turn: float) -> np.ndarray:
-    """The same thing in another colour: hues turned by `turn` of the circle, grey parts tinted so that it shows.
+    """The same thing in another colour: hues turned by `turn` of the circle, grey and black parts tinted so that it shows.
 
     Args:
         cutout: (h, w, 4) uint8 RGBA.
@@ -130,7 +130,7 @@ def in_another_hue(cutout: np.ndarray, turn: float) -> np.ndarray:
     """
     hsv = cv2.cvtColor(cutout[..., :3], cv2.COLOR_RGB2HSV)
     hsv[..., 0] = (hsv[..., 0].astype(int) + round(180 * turn)) % 180
-    hsv[..., 1] = np.maximum(hsv[..., 1], 110)
+    hsv[..., 1:] = np.maximum(hsv[..., 1:], 110)
     return np.dstack([cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), cutout[..., 3]])
 
 
