@@ -122,7 +122,7 @@ def seen_in_a_scene(cutout: np.ndarray, rng: np.random.Generator) -> tuple[Tenso
 
 
 def in_another_hue(cutout: np.ndarray, turn: float) -> np.ndarray:
-    """The same thing in another colour: hues turned by `turn` of the circle, grey and black parts tinted so that it shows.
+    """The same thing in another colour: hues turned by `turn` of the circle, grey and black parts tinted to show it.
 
     Args:
         cutout: (h, w, 4) uint8 RGBA.
