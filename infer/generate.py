@@ -191,15 +191,11 @@ def _load_references(argument: SubjectArgument, method: CutoutMethod) -> list[_R
 
 def _load_pipeline(settings: GenerateSettings) -> SubjectDiffusionPipeline:
     import torch
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
+    from infer.loading import hush_libraries
     from infer.pipeline import SubjectDiffusionPipeline
 
-    diffusers_logging.disable_progress_bar()  # loading bars; the denoising bar stays
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
+    hush_libraries()
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import CLIPTextModel
+from transformers.utils import logging as transformers_logging
 
 from data_pipeline.errors import UserError
 from model.saving import MANIFEST, load_subject_model
@@ -85,6 +87,13 @@ def load_base_networks(base: str, dtype: torch.dtype) -> tuple[UNet2DConditionMo
         unet = UNet2DConditionModel.from_pretrained(place, subfolder="unet", use_safetensors=True)
         text_encoder = CLIPTextModel.from_pretrained(place, subfolder="text_encoder", use_safetensors=True)
     return unet.to(dtype).eval(), text_encoder.to(dtype).eval()
+
+
+def hush_libraries() -> None:
+    """Keep loading bars and warnings of diffusers and transformers off the terminal; the denoising bar stays."""
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
 
 
 @contextmanager

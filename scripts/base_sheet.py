@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.toybox.world import ToyboxWorld
-from infer.loading import SHIPPED
+from infer.loading import SHIPPED, hush_libraries
 
 TILE, GAP, TEXT = 96, 6, 40  # pixels
 
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=3.0)
     arguments = parser.parse_args()
+    hush_libraries()
     pipeline = StableDiffusionPipeline.from_pretrained(arguments.base, safety_checker=None, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     world = ToyboxWorld("val", seed=arguments.seed)

@@ -28,15 +28,13 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention import GatedSelfAttentionDense
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from data_pipeline.errors import CommandParser, UserError, run_command
 from data_pipeline.machine import processor_name
 from infer.conditions import ReferenceFeatures
-from infer.loading import SHIPPED
+from infer.loading import SHIPPED, hush_libraries
 from infer.pipeline import Guidance, SubjectDiffusionPipeline
 from infer.subjects import Subject
 from model.inputs import SubjectInputs
@@ -308,9 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; give --device cpu")
     device = torch.device(options.device)
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+    hush_libraries()
     name = torch.cuda.get_device_name() if device.type == "cuda" else processor_name()
     print(f"{name}, {torch.get_num_threads()} threads, {options.dtype}, medians of {options.repeats}", flush=True)
     chosen = PARTS if options.part == "all" else {options.part: PARTS[options.part]}

@@ -51,7 +51,7 @@ from infer.evaluate.toybox_truth import (
     pair_requests,
     single_requests,
 )
-from infer.loading import SHIPPED
+from infer.loading import SHIPPED, hush_libraries
 from infer.pipeline import SubjectDiffusionPipeline
 from infer.subjects import Subject
 from model.reference import prepare_reference
@@ -261,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--card", type=Path, help="model card whose section of scores is written anew")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
+    hush_libraries()
     archive, judges = SubjectArchive(), Judges.load(options.judges)
     subjects = held_out_subjects(archive, options.subjects)
     pipeline = SubjectDiffusionPipeline.from_pretrained(options.model, options.base)
