@@ -14,6 +14,7 @@ import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 
 from data_pipeline.errors import UserError
 from train.crops import crop_to_boxes
@@ -50,9 +51,13 @@ class Judges:
 
     @torch.no_grad()
     def describe(self, pictures: Tensor, boxes: Tensor) -> Tensor:
-        """Codes of what stands in the boxes: (N, 3, H, H) in 0..1 and (N, 4) fractions -> (N, D) of unit length."""
+        """Codes of what stands in the boxes: (N, 3, H, H) in 0..1 and (N, 4) fractions -> (N, D) of unit length.
+
+        The mean over a crop and its mirror image, so that which way a thing looks counts less.
+        """
         crops = crop_to_boxes(pictures, boxes, CROP)
-        return torch.cat([self.identity(part) for part in crops.split(BATCH)])
+        codes = [self.identity(part) + self.identity(part.flip(-1)) for part in crops.split(BATCH)]
+        return functional.normalize(torch.cat(codes), dim=-1)
 
     @torch.no_grad()
     def subject_masks(self, pictures: Tensor) -> Tensor:
