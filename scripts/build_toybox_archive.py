@@ -3,7 +3,8 @@
     python scripts/build_toybox_archive.py                                   # fetches both with `npm pack`
     python scripts/build_toybox_archive.py --assets DIR --names data-by-emoji.json --output subjects.zip
 
-The same input gives the same bytes: members are stored in order with a fixed time.
+The same input gives the same bytes: members are stored in order with a fixed time. A build that would hold out a
+subject of the packaged archive's train or val split, which trained models have seen, is refused.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import subprocess
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from data_pipeline.toybox.archive import CUTOUT_SIZE, DEFAULT_ARCHIVE
-from data_pipeline.toybox.families import GROUPS, families, group_word_of, noun_of, picture_hash, split_of
+from data_pipeline.toybox.archive import CUTOUT_SIZE, DEFAULT_ARCHIVE, SubjectArchive
+from data_pipeline.toybox.families import GROUPS, SCENERY, families, group_word_of, noun_of, picture_hash, split_of
 
 PACKAGES = {"assets": "@lobehub/fluent-emoji-3d@1.1.0", "names": "unicode-emoji-json@0.9.0"}
 WEBP_QUALITY = 82
@@ -55,7 +57,7 @@ def collect(assets: Path, names: dict[str, dict[str, str]]) -> list[tuple[dict[s
         codes = [f"{ord(character):04x}" for character in emoji]
         candidates = ("-".join(codes), "-".join(code for code in codes if code != "fe0f"))
         path = next((p for p in (assets / f"{code}.webp" for code in candidates) if p.exists()), None)
-        if entry["group"] not in GROUPS or path is None:
+        if entry["group"] not in GROUPS or entry["name"] in SCENERY or path is None:
             continue
         cutout = read_cutout(path)
         if (cutout[..., 3] > 127).mean() < FULL_COVERAGE:
@@ -71,6 +73,12 @@ def collect(assets: Path, names: dict[str, dict[str, str]]) -> list[tuple[dict[s
         )
         for (code, name, group, cutout), family in zip(found, of, strict=True)
     ]  # fmt: skip
+
+
+def held_out_too_late(entries: Sequence[dict[str, str]], before: SubjectArchive) -> list[str]:
+    """Names of subjects held out now that an earlier archive trained or validated on."""
+    seen = {subject.id for subject in before.subjects if subject.split != "heldout"}
+    return [entry["name"] for entry in entries if entry["split"] == "heldout" and entry["id"] in seen]
 
 
 def write_archive(entries: list[tuple[dict[str, str], np.ndarray]], output: Path) -> None:
@@ -98,6 +106,10 @@ def main() -> None:
         assets = arguments.assets or fetch(PACKAGES["assets"], Path(temporary)) / "assets"
         names = arguments.names or fetch(PACKAGES["names"], Path(temporary)) / "data-by-emoji.json"
         entries = collect(assets, json.loads(names.read_text()))
+        index = [entry for entry, _ in entries]
+        late = held_out_too_late(index, SubjectArchive()) if DEFAULT_ARCHIVE.exists() else []
+        if late:
+            raise SystemExit(f"error: held out, but seen by trained models: {', '.join(late)}; settle their families")
         write_archive(entries, arguments.output)
     counts = {split: sum(entry["split"] == split for entry, _ in entries) for split in ("train", "val", "heldout")}
     print(f"{arguments.output}: {len(entries)} subjects {counts}, {arguments.output.stat().st_size / 2**20:.2f} MiB")

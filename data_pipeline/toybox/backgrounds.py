@@ -178,8 +178,14 @@ def _autumn(rng: Generator, size: int) -> np.ndarray:
 def _storm(rng: Generator, size: int) -> np.ndarray:
     x, y = _grid(size)
     picture = _mix((0.22, 0.25, 0.3), (0.45, 0.48, 0.52), _noise(rng, size, 4, 6))
-    rain = ((x * 14 + y * 5 + _noise(rng, size, 14, 2)) % 1) < 0.12
-    return _mix(picture, (0.7, 0.78, 0.88), rain * 0.6)
+    lanes, rows = 12, 3
+    across = x * lanes + y * 4  # slanted lanes, each with strokes of its own
+    lane = across.astype(int)
+    along = y * rows + rng.random(lanes + 4).astype(np.float32)[lane]
+    reach = rng.uniform(0.5, 0.9, (rows + 1, lanes + 4)).astype(np.float32)[along.astype(int), lane]
+    aside = np.abs(across % 1 - 0.5) / lanes  # from the middle of the lane, as a share of the picture
+    rain = ((0.005 - aside) * size + 0.5).clip(0, 1) * (along % 1 < reach)
+    return _mix(picture, (0.7, 0.78, 0.88), rain * np.float32(0.7))
 
 
 def _sunset(rng: Generator, size: int) -> np.ndarray:

@@ -87,11 +87,19 @@ def write_caption(mentions: Sequence[Mention], background: str, rng: Generator) 
 
 
 def _phrase(nouns: Sequence[str], index: int, colour: str) -> tuple[str, int]:
-    """ "a red " / "another " before noun `index`."""
+    """ "a red " / "another " / "more " / "" before noun `index`."""
     word = f"{colour} {nouns[index]}" if colour else nouns[index]
     again = nouns[index] in nouns[:index]
-    article = "another" if again else "an" if word[0] in "aeiou" else "a"
-    return f"{article} {colour} " if colour else f"{article} ", index
+    if is_plural(nouns[index]):
+        article = "more " if again else ""
+    else:
+        article = "another " if again else "an " if word[0] in "aeiou" else "a "
+    return f"{article}{colour} " if colour else article, index
+
+
+def is_plural(noun: str) -> bool:
+    """Socks, but neither a bus, a dress nor a compass."""
+    return noun.endswith("s") and not noun.endswith(("ss", "us", "ros"))
 
 
 Piece = str | tuple[str, int]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import cv2
@@ -12,8 +13,8 @@ import pytest
 
 from data_pipeline.errors import UserError
 from data_pipeline.toybox.archive import CUTOUT_SIZE, DEFAULT_ARCHIVE, SubjectArchive
-from data_pipeline.toybox.families import families, group_word_of, noun_of, split_of
-from scripts.build_toybox_archive import collect, write_archive
+from data_pipeline.toybox.families import SCENERY, families, group_word_of, noun_of, split_of
+from scripts.build_toybox_archive import collect, held_out_too_late, write_archive
 
 
 def test_a_family_stands_in_one_split() -> None:
@@ -31,6 +32,10 @@ def test_a_family_stands_in_one_split() -> None:
         ("dog", "dog face", "guide dog", "poodle"),
         ("open mailbox with raised flag", "closed mailbox with lowered flag", "postbox"),
         ("open book", "green book", "books", "notebook"),
+        ("page with curl", "page facing up"),
+        ("bank", "classical building"),
+        ("airplane", "airplane arrival", "airplane departure"),
+        ("musical note", "musical notes"),
     ],
 )
 def test_things_that_look_alike_by_name_are_one_family(names: tuple[str, ...]) -> None:
@@ -79,7 +84,27 @@ def test_nouns_and_group_words() -> None:
     assert noun_of("guide dog") == "dog" and noun_of("cloud with rain") == "cloud"
     assert noun_of("police car") == "car" and noun_of("woman’s boot") == "shoe"
     assert group_word_of("guide dog", "Animals") == "animal" and group_word_of("red apple", "Food") == "fruit"
+    assert noun_of("ear of corn") == "corn" and noun_of("page facing up") == "page"
+    assert group_word_of("eggplant", "Food") == "vegetable" and group_word_of("parachute", "Travel") == "thing"
     assert group_word_of("guitar", "Objects") == "instrument" and group_word_of("key", "Objects") == "thing"
+
+
+def test_a_subject_is_a_thing_and_no_scenery() -> None:
+    names = {subject.name for subject in SubjectArchive().subjects}
+    assert not names & SCENERY and {"sun", "snow-capped mountain", "volcano"} <= names
+
+
+def test_a_family_that_joins_a_training_one_trains() -> None:
+    by_name = {subject.name: subject.split for subject in SubjectArchive().subjects}
+    assert by_name["bank"] == by_name["page with curl"] == by_name["airplane arrival"] == "train"
+
+
+def test_what_models_have_seen_is_not_held_out_later() -> None:
+    archive = SubjectArchive()
+    unchanged = [asdict(subject) for subject in archive.subjects]
+    assert held_out_too_late(unchanged, archive) == []
+    moved = [{**entry, "split": "heldout"} if entry["name"] == "dog" else entry for entry in unchanged]
+    assert held_out_too_late(moved, archive) == ["dog"]
 
 
 def test_the_split_is_a_function_of_the_family() -> None:

@@ -245,6 +245,15 @@ def test_equal_nouns_are_told_apart() -> None:
     assert "another" in caption.text
 
 
+@pytest.mark.parametrize(("noun", "article"), [("socks", ""), ("dress", "a "), ("octopus", "an "), ("bus", "a ")])
+def test_several_things_take_no_article(noun: str, article: str) -> None:
+    mention = Mention(noun, noun, "", (0.1, 0.1, 0.4, 0.4))
+    for seed in range(20):
+        caption = write_caption([mention], "studio", np.random.default_rng(seed))
+        before = caption.text[: caption.spans[0][0]]
+        assert re.findall(r"\ban? $", before) == ([article] if article else [])
+
+
 def test_backgrounds_are_many_distinct_and_the_same_at_any_size() -> None:
     assert len(BACKGROUNDS) >= 16
     small = {name: paint_background(name, 0, 64).astype(float) for name in BACKGROUNDS}
