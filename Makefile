@@ -35,3 +35,4 @@ toybox: $(STAMP)
 		$(RUN) train --config configs/train/toybox/$$model.yaml || exit 1; \
 	done
 	$(PYTHON) scripts/export_toybox.py
+	$(PYTHON) scripts/bench_toybox.py --card model/weights/toybox/subject/README.md

@@ -5,8 +5,9 @@
 
 A ridge probe maps every patch token to the pixels of its patch; it is fitted on references of training subjects, its
 ridge is chosen on validation subjects, its L1 is that on held-out ones (pixels in 0..1). Beside it stand the probe from
-raw patches, cut down by PCA to the count of numbers that a latent cell has, and the mean patch, which knows nothing.
-With `--clip`, an open_clip folder with its text tower, retrieval between pictures and captions is printed too.
+raw patches, cut down by PCA to the count of numbers that a latent cell of `--vae` has; that from tokens of the same
+encoder before any training, for random layers lose few pixels; and the mean patch, which knows nothing. With `--clip`,
+an open_clip folder with its text tower, retrieval between pictures and captions as CLIP is trained on is printed too.
 """
 
 from __future__ import annotations
@@ -15,25 +16,30 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTokenizer
 
-from data_pipeline.errors import UserError, run_command
+from data_pipeline.errors import CommandParser, UserError, run_command
 from data_pipeline.toybox.world import ToyboxWorld
-from infer.loading import SHIPPED
+from infer.loading import SHIPPED, hush_libraries, one_line_errors
+from infer.picture_file import open_output_folder
 from model.image_encoder import SubjectImageEncoder
 from model.open_clip_conversion import load_open_clip
 from model.reference import prepare_reference
 from train.pictures import save_grid
-from train.scenes import as_tensor
+from train.tasks.clip import ClipPairs
 
 BAR = 0.08  # L1 at which we can name the thing in the probe's picture; look at --picture
-NUMBERS = 16  # of the raw probe: latent channels of the toybox autoencoder
+JUDGED = 200  # references of validation subjects, and of held-out ones
 RIDGES = (1e-4, 1e-2, 1.0, 100.0)  # times the mean variance of the inputs
 PAIRS = 128  # pictures and captions of retrieval
+BATCH = 100
+ROWS, COLUMNS = 8, 3  # of the picture, three pictures a cell
 
 
 class RidgeProbe:
@@ -44,7 +50,8 @@ class RidgeProbe:
         self.centre, self.offset = inputs.mean(dim=0), targets.mean(dim=0)
         x, y = (inputs - self.centre).double(), (targets - self.offset).double()
         gram, product = x.T @ x, x.T @ y
-        size = gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        # An encoder that gives the same token for everything has no variance; the answer is then the mean.
+        size = gram.diagonal().mean().clamp(min=1e-9) * torch.eye(len(gram), dtype=gram.dtype)
         candidates = [torch.linalg.solve(gram + ridge * size, product).float() for ridge in RIDGES]
         losses = [float((self._apply(weights, other_inputs) - other_targets).abs().mean()) for weights in candidates]
         self.weights = candidates[losses.index(min(losses))]
@@ -64,7 +71,9 @@ def principal_components(rows: Tensor, count: int) -> Tensor:
 
 def references(split: str, count: int, size: int) -> Tensor:
     """Prepared references on mid-grey of `count` scenes' first subjects: (count, 3, size, size) in 0..1."""
-    world = ToyboxWorld(split, seed=3, min_subjects=1, max_subjects=1, references=(1, 1))
+    world = ToyboxWorld(
+        split, seed=3, size=size, reference_size=size, min_subjects=1, max_subjects=1, references=(1, 1)
+    )
     return torch.stack([prepare_reference(world.scene(i).entities[0].references[0], size) for i in range(count)])
 
 
@@ -80,78 +89,144 @@ def from_rows(rows: Tensor, patch: int, size: int) -> Tensor:
     return functional.pixel_shuffle(folded, patch)
 
 
+def untrained(encoder: SubjectImageEncoder) -> SubjectImageEncoder:
+    """An encoder of the same architecture with random weights, the same ones every time."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        config = encoder.config
+        return SubjectImageEncoder(
+            config.embed_dim, config.vision_cfg, config.quick_gelu, config.mean, config.std
+        ).eval()
+
+
 @torch.no_grad()
-def probe(encoder: SubjectImageEncoder, counts: tuple[int, int, int]) -> tuple[dict[str, float], list[Tensor]]:
-    """L1 on held-out references by probe, and held-out pictures: real, from tokens, from raw patches."""
+def patch_tokens(encoder: SubjectImageEncoder, pictures: Tensor) -> Tensor:
+    """(N, 3, H, W) in 0..1 -> (N·T, W)."""
+    return torch.cat([encoder(part)[1] for part in pictures.split(BATCH)]).flatten(0, 1)
+
+
+def probe(encoder: SubjectImageEncoder, num_fitted: int, numbers: int) -> tuple[dict[str, float], list[Tensor]]:
+    """L1 on held-out references by probe, and held-out pictures: real, from tokens, from raw patches.
+
+    Args:
+        num_fitted: references of training subjects that the probes are fitted on.
+        numbers: components that are left of a raw patch.
+    """
     size = encoder.image_size
     patch = size // int(encoder.num_patches**0.5)
-    shown = [references(split, count, size) for split, count in zip(("train", "val", "heldout"), counts, strict=True)]
+    counts = {"train": num_fitted, "val": JUDGED, "heldout": JUDGED}
+    shown = [references(split, count, size) for split, count in counts.items()]  # each (N, 3, H, W)
     pixels = [rows_of_patches(pictures, patch) for pictures in shown]
-    tokens = [torch.cat([encoder(part)[1] for part in pictures.split(100)]).flatten(0, 1) for pictures in shown]
-    basis = principal_components(pixels[0], NUMBERS)
-    raw = [rows @ basis for rows in pixels]
-    from_tokens = RidgeProbe(tokens[0], pixels[0], tokens[1], pixels[1])(tokens[2])
-    from_raw = RidgeProbe(raw[0], pixels[0], raw[1], pixels[1])(raw[2])
-    mean = pixels[0].mean(dim=0).expand_as(pixels[2])
-    drawn = {"patch tokens": from_tokens, f"raw patches, {NUMBERS} numbers": from_raw, "mean patch": mean}
+    basis = principal_components(pixels[0], numbers)
+    fresh = untrained(encoder)
+    inputs = {
+        "patch tokens": [patch_tokens(encoder, pictures) for pictures in shown],
+        f"raw patches, {numbers} numbers": [rows @ basis for rows in pixels],
+        "patch tokens, untrained": [patch_tokens(fresh, pictures) for pictures in shown],
+    }
+    drawn = {
+        name: RidgeProbe(fitted, pixels[0], val, pixels[1])(heldout) for name, (fitted, val, heldout) in inputs.items()
+    }
+    drawn["mean patch"] = pixels[0].mean(dim=0).expand_as(pixels[2])
     losses = {name: float((rows.clamp(0, 1) - pixels[2]).abs().mean()) for name, rows in drawn.items()}
-    return losses, [shown[2], from_rows(from_tokens, patch, size), from_rows(from_raw, patch, size)]
+    return losses, [shown[2], *(from_rows(rows, patch, size) for rows in list(drawn.values())[:2])]
 
 
 @torch.no_grad()
-def retrieval(folder: Path) -> tuple[float, float]:
-    """Image-to-text and text-to-image retrieval@1 among held-out scenes and their captions."""
+def retrieval(folder: Path) -> tuple[float, float, int]:
+    """Retrieval@1 among held-out pictures and captions: image to text, text to image; and different captions.
+
+    Of equal captions only that of the picture itself counts, as in training: their number bounds what can be found.
+    """
     clip, config = load_open_clip(folder)
-    pixels = config["preprocess_cfg"]
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    pixels, size = config["preprocess_cfg"], config["model_cfg"]["vision_cfg"]["image_size"]
     mean, deviation = (torch.tensor(pixels[name]).view(3, 1, 1) for name in ("mean", "std"))
-    world = ToyboxWorld("heldout", seed=3, size=config["model_cfg"]["vision_cfg"]["image_size"])
-    scenes = [world.scene(i) for i in range(PAIRS)]
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    captions = [scene.caption for scene in scenes]
-    ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    pictures = torch.stack([as_tensor(scene.image) for scene in scenes])
-    codes = clip.encode_image((pictures - mean) / deviation, normalize=True)
+    world, pairs = ToyboxWorld("heldout", seed=3, size=size, reference_size=size), ClipPairs(tokenizer, size)
+    pictures, ids = (torch.stack(part) for part in zip(*(pairs(world.scene(i)) for i in range(PAIRS)), strict=True))
+    codes = clip.eval().encode_image((pictures - mean) / deviation, normalize=True)
     similarity = codes @ clip.encode_text(ids, normalize=True).T  # (N, N)
-    truth = torch.arange(len(scenes))
-    return tuple(float((similarity.argmax(dim=d) == truth).float().mean()) for d in (1, 0))  # type: ignore[return-value]
+    truth = torch.arange(PAIRS)
+    to_text, to_image = (float((similarity.argmax(dim=d) == truth).float().mean()) for d in (1, 0))
+    return to_text, to_image, len(ids.unique(dim=0))
+
+
+def saved_config(option: str, folder: Path, kind: type[ModelMixin]) -> dict[str, Any]:
+    """The configuration of a `kind` that was saved to the folder an option names.
+
+    Raises:
+        UserError: nothing, or something else, was saved there.
+    """
+    if not (folder / "config.json").is_file():  # diffusers would look for a hub id of that name
+        raise UserError(f"{option} {folder}: no {kind.__name__} there; expected a folder with config.json and weights")
+    with one_line_errors(f"{option} {folder}"):
+        config = dict(kind.load_config(folder))
+    if config.get("_class_name") != kind.__name__:
+        raise UserError(f"{option} {folder}: holds {config.get('_class_name')}; expected {kind.__name__}")
+    return config
 
 
 def load_encoder(options: argparse.Namespace) -> SubjectImageEncoder:
-    """The encoder of `--clip` or `--encoder`, or one line that says what is wrong."""
-    try:
-        if options.clip is None:
+    """The image encoder of `--clip` or, without it, of `--encoder`.
+
+    Raises:
+        UserError: no image encoder is there.
+    """
+    if options.clip is None:
+        saved_config("--encoder", options.encoder, SubjectImageEncoder)
+        with one_line_errors(f"--encoder {options.encoder}"):
             return SubjectImageEncoder.from_pretrained(options.encoder).float().eval()
+    with one_line_errors(f"--clip {options.clip}"):
         clip, config = load_open_clip(options.clip)
         pixels = config["preprocess_cfg"]
         return SubjectImageEncoder.from_open_clip(clip, config["model_cfg"], pixels["mean"], pixels["std"]).eval()
-    except (OSError, ValueError) as error:
-        where = f"--clip {options.clip}" if options.clip else f"--encoder {options.encoder}"
-        raise UserError(f"{where}: no image encoder there ({' '.join(str(error).split())[:160]})") from error
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", type=Path, default=SHIPPED / "toybox" / "subject" / "image_encoder", help="folder")
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Checked arguments: what cannot work is refused before anything is measured."""
+    parser = CommandParser("bench_encoder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.prog = "scripts/bench_encoder.py"
+    toybox = SHIPPED / "toybox"
+    parser.add_argument("--encoder", type=Path, default=toybox / "subject" / "image_encoder", help="folder")
     parser.add_argument("--clip", type=Path, help="open_clip folder with both towers, in place of --encoder")
+    parser.add_argument(
+        "--vae", type=Path, default=toybox / "base" / "vae", help="folder; its code sizes the raw probe"
+    )
     parser.add_argument("--references", type=int, default=2000, help="the probes are fitted on")
     parser.add_argument("--picture", type=Path, help="PNG: cut-out, from tokens, from raw patches")
     options = parser.parse_args(arguments)
-    losses, drawn = probe(load_encoder(options), (options.references, 200, 200))
-    print(f"L1 of a ridge probe on 200 held-out references, fitted on {options.references} of training subjects")
+    if options.references < 1:
+        parser.error(f"--references {options.references}: expected at least 1")
+    if options.picture:
+        if options.picture.suffix != ".png":
+            parser.error(f"--picture {options.picture}: expected a name that ends in .png")
+        open_output_folder(options.picture.parent)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    hush_libraries()
+    numbers = saved_config("--vae", options.vae, AutoencoderKL)["latent_channels"]
+    losses, drawn = probe(load_encoder(options), options.references, numbers)
+    print(f"L1 of a ridge probe on {JUDGED} held-out references, fitted on {options.references} of training subjects")
     for name, loss in losses.items():
         print(f"from {name:28s} {loss:.4f}")
     tokens = losses["patch tokens"]
-    print(f"bar: L1 from patch tokens <= {BAR}: {tokens:.3f} ({'met' if tokens <= BAR else 'not met'})")
+    met = "met" if tokens <= BAR else "not met"
+    print(f"bar (our own reading of what is recognisable): L1 from patch tokens <= {BAR}: {tokens:.3f} ({met})")
     if options.clip is None:
-        print("retrieval: not measured, the shipped encoder has no text tower; give --clip")
+        print("retrieval: skipped, the saved image encoder has no text tower; give --clip, an open_clip folder")
     else:
-        to_text, to_image = retrieval(options.clip)
+        with one_line_errors(f"--clip {options.clip}"):
+            to_text, to_image, captions = retrieval(options.clip)
         print(
-            f"retrieval@1 of {PAIRS}: image to text {to_text:.2f}, text to image {to_image:.2f}, chance {1 / PAIRS:.3f}"
+            f"retrieval@1 of {PAIRS} held-out pictures, {captions} different captions: "
+            f"image to text {to_text:.2f}, text to image {to_image:.2f}, chance {1 / PAIRS:.3f}"
         )
     if options.picture:
-        rows = [[given[i].clamp(0, 1) for i in range(4 * y, 4 * y + 4) for given in drawn] for y in range(6)]
-        save_grid(rows, options.picture)
+        cells = [[given[i].clamp(0, 1) for given in drawn] for i in range(min(JUDGED, ROWS * COLUMNS))]
+        save_grid([sum(cells[i : i + COLUMNS], []) for i in range(0, len(cells), COLUMNS)], options.picture)
     return 0
 
 

@@ -19,10 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.toybox.archive import SubjectArchive
+from train.model_card import replace_section
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHTS = REPOSITORY / "model" / "weights" / "toybox"
 EXAMPLES = REPOSITORY / "infer" / "examples"
+TRIALS = REPOSITORY / "docs" / "toybox_trials.md"
 LIMIT_MB = 24
 EXAMPLE_NAMES = ("penguin", "turtle", "watermelon", "locomotive", "pancakes", "flamingo")  # held-out subjects
 
@@ -55,6 +57,11 @@ def export_weights(runs: Path, target: Path) -> None:
             halve(file)
 
 
+def complete_card(card: Path) -> None:
+    """Add what was tried; `scripts/bench_toybox.py --card` adds the scores."""
+    replace_section(card, "What was tried", TRIALS.read_text(encoding="utf-8"))
+
+
 def export_examples(target: Path) -> None:
     """Cut-outs of some held-out subjects, for the demo and the README."""
     target.mkdir(parents=True, exist_ok=True)
@@ -69,6 +76,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("~/.cache/subject-diffusion/runs/toybox"))
     arguments = parser.parse_args()
     export_weights(arguments.runs.expanduser(), WEIGHTS)
+    complete_card(WEIGHTS / "subject" / "README.md")
     export_examples(EXAMPLES)
     size = sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) / 1e6
     print(f"{WEIGHTS}: {size:.1f} MB")
