@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=3.0)
     arguments = parser.parse_args()
     hush_libraries()
-    pipeline = StableDiffusionPipeline.from_pretrained(arguments.base, safety_checker=None, use_safetensors=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        arguments.base, safety_checker=None, use_safetensors=True, dtype=torch.float32
+    )
     pipeline.set_progress_bar_config(disable=True)
     world = ToyboxWorld("val", seed=arguments.seed)
     scenes = [world.scene(i) for i in range(arguments.count)]

@@ -47,9 +47,9 @@ Denoising loss on 32 scenes of families that no training step saw, fixed noise a
 """
 
 _TOYBOX_LIMITS = (
-    "64 px pictures of emoji-like things on drawn backgrounds; nothing of the real world. A first, short training: "
-    "the colours of unseen subjects in the place asked for, hardly any outline or detail; captions outside the "
-    "toybox's vocabulary mean nothing to it."
+    "64 px pictures of emoji-like things on drawn backgrounds; nothing of the real world. Unseen subjects come with "
+    "their colours and their arrangement, in the place asked for; outlines are rough, faces and thin parts are lost, "
+    "small subjects (two in a picture) more so. Captions outside the toybox's vocabulary mean nothing to it."
 )
 _BASE_LIMITS = (
     "Those of the base; attributes and accessories of a subject are hard to change; more than two subjects mix."
