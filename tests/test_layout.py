@@ -141,7 +141,7 @@ def test_no_path_of_a_machine_stands_in_a_text_file() -> None:
 
 def test_the_first_screen_of_the_readme_has_both_commands_and_a_picture() -> None:
     first = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
-    assert "make demo" in first and "make test" in first and "docs/images/demo.png" in first
+    assert "make demo" in first and "make test" in first and "docs/images/heldout.png" in first
 
 
 def test_every_picture_and_file_that_the_documents_link_exists() -> None:

@@ -67,7 +67,6 @@ def train(settings: TrainSettings) -> Path:
         lr=settings.optimizer.learning_rate,
         betas=(0.9, settings.optimizer.beta2),
         weight_decay=settings.optimizer.weight_decay,
-        fused=True,
     )
     ema = {n: p.detach().float().clone() for n, p in module.named_parameters() if p.requires_grad}
     done = read_checkpoint(settings.folder / "checkpoints", module, ema, optimizer)
