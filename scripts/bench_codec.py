@@ -19,10 +19,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from data_pipeline.arguments import png_file, positive
 from data_pipeline.errors import CommandParser, UserError, run_command
 from data_pipeline.toybox.world import ToyboxScene, ToyboxWorld
 from infer.loading import SHIPPED, hush_libraries, one_line_errors
-from infer.picture_file import open_output_folder
 from train.pictures import save_grid
 from train.scenes import as_tensor
 from train.tasks.vae import PatchCode
@@ -104,16 +104,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("bench_codec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.prog = "scripts/bench_codec.py"
     parser.add_argument("--vae", type=Path, default=SHIPPED / "toybox" / "base" / "vae", help="folder")
-    parser.add_argument("--scenes", type=int, default=400, help="held-out scenes")
-    parser.add_argument("--picture", type=Path, help="PNG: original, autoencoder, PCA of equal size")
-    options = parser.parse_args(arguments)
-    if options.scenes < 1:
-        parser.error(f"--scenes {options.scenes}: expected at least 1")
-    if options.picture:
-        if options.picture.suffix != ".png":
-            parser.error(f"--picture {options.picture}: expected a name that ends in .png")
-        open_output_folder(options.picture.parent)
-    return options
+    parser.add_argument("--scenes", type=positive, default=400, help="held-out scenes")
+    parser.add_argument("--picture", type=png_file, help="PNG: original, autoencoder, PCA of equal size")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

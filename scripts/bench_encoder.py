@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTokenizer
 
+from data_pipeline.arguments import png_file, positive
 from data_pipeline.errors import CommandParser, UserError, run_command
 from data_pipeline.toybox.world import ToyboxWorld
 from infer.loading import SHIPPED, hush_libraries, one_line_errors
-from infer.picture_file import open_output_folder
 from model.image_encoder import SubjectImageEncoder
 from model.open_clip_conversion import load_open_clip
 from model.reference import prepare_reference
@@ -192,16 +192,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--vae", type=Path, default=toybox / "base" / "vae", help="folder; its code sizes the raw probe"
     )
-    parser.add_argument("--references", type=int, default=2000, help="the probes are fitted on")
-    parser.add_argument("--picture", type=Path, help="PNG: cut-out, from tokens, from raw patches")
-    options = parser.parse_args(arguments)
-    if options.references < 1:
-        parser.error(f"--references {options.references}: expected at least 1")
-    if options.picture:
-        if options.picture.suffix != ".png":
-            parser.error(f"--picture {options.picture}: expected a name that ends in .png")
-        open_output_folder(options.picture.parent)
-    return options
+    parser.add_argument("--references", type=positive, default=2000, help="the probes are fitted on")
+    parser.add_argument("--picture", type=png_file, help="PNG: cut-out, from tokens, from raw patches")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

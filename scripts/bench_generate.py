@@ -31,6 +31,7 @@ from diffusers.models.attention import GatedSelfAttentionDense
 from PIL import Image
 from torch import Tensor, nn
 
+from data_pipeline.arguments import positive
 from data_pipeline.errors import CommandParser, UserError, run_command
 from data_pipeline.machine import processor_name
 from infer.conditions import ReferenceFeatures
@@ -313,13 +314,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = [line for part in chosen.values() for line in part(options, device, DTYPES[options.dtype])]
     print("\n".join(lines))
     return 0
-
-
-def positive(text: str) -> int:
-    """A count of an argument."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def test_without_a_text_tower_retrieval_is_skipped_in_one_line(
     ("bench", "arguments", "told"),
     [
         (bench_codec, ["--vae", "nowhere"], "--vae nowhere: no autoencoder there"),
-        (bench_codec, ["--scenes", "0"], "--scenes 0: expected at least 1"),
+        (bench_codec, ["--scenes", "0"], "--scenes: expected a whole number from 1, got '0'"),
         (bench_codec, ["--picture", "codec.jpg"], "ends in .png"),
         (bench_encoder, ["--encoder", "nowhere"], "--encoder nowhere: no SubjectImageEncoder there"),
         (bench_encoder, ["--clip", "nowhere"], "nowhere: no open_clip folder"),
