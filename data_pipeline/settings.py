@@ -70,6 +70,26 @@ def load_settings(cls: type[SettingsType], files: Sequence[Path], overrides: Seq
         for part in reversed(key.split(".")):
             nested = {part: nested}
         _merge(merged, nested, origin, "the command line")
+    return _checked(cls, merged, origin)
+
+
+def settings_of(
+    cls: type[SettingsType], values: dict[str, Any], source: str, files: Sequence[Path] = ()
+) -> SettingsType:
+    """Check `values`, which stand in `source` (for messages), merged over `files`.
+
+    Raises:
+        UserError: as `load_settings`.
+    """
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for file in files:
+        _merge(merged, _read(file), origin, str(file))
+    _merge(merged, values, origin, source)
+    return _checked(cls, merged, origin)
+
+
+def _checked(cls: type[SettingsType], merged: dict[str, Any], origin: dict[str, str]) -> SettingsType:
     try:
         return cls.model_validate(merged)
     except ValidationError as error:

@@ -15,18 +15,25 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 from PIL import Image
 from pydantic import Field
 
 from data_pipeline.errors import CommandParser, UserError
-from data_pipeline.settings import Settings, load_settings, write_settings
+from data_pipeline.settings import load_settings, write_settings
 from infer.cutout import CutoutMethod, cut_out, load_picture
+from infer.drawing import DrawSettings, Precision, SchedulerName, open_pipeline
 from infer.grid import make_grid
-from infer.picture_file import PictureRecord, next_number, open_output_folder, write_new, write_picture
+from infer.picture_file import (
+    PictureRecord,
+    encode_picture,
+    next_number,
+    open_output_folder,
+    write_new,
+    write_picture,
+)
 from infer.subjects import SYNTAX, Box, Subject, SubjectArgument, match_nouns, parse_subject
 
 if TYPE_CHECKING:
@@ -39,32 +46,18 @@ SUBJECT_HELP = (
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "infer" / "toybox.yaml"
 
 
-class GenerateSettings(Settings):
-    """One run of `generate`."""
+class GenerateSettings(DrawSettings):
+    """One run of `generate`; how pictures are drawn is said in `infer/drawing.py`."""
 
     prompt: str = Field(min_length=1)  # names each subject's noun
     subjects: tuple[str, ...] = ()  # NAME=FILE[,FILE…][@x0,y0,x1,y1][:strength=W][:mask=FILE[,FILE…]]
-    negative_prompt: str = ""  # what to stay away from
     output: Path = Path("outputs")  # folder; pictures are numbered on from what is there
     seed: int = Field(0, ge=0, lt=2**63)  # of the first picture; the next ones have seed + 1, seed + 2, …
     num_images: int = Field(1, ge=1)
     batch_size: int = Field(1, ge=1)  # pictures drawn at once; at 1 a picture is bit for bit the same in any run
-    model: str = "toybox"  # shipped name, folder or hub id
-    base: str | None = None  # another base for trained parts than the one they name
-    steps: int = Field(50, ge=1, le=1000)
-    guidance: Literal["separate", "joint", "none"] = "separate"
-    guidance_scale: float = Field(7.5, ge=0)  # s_t, how closely the text is followed
-    subject_guidance_scale: float = Field(1.5, ge=0)  # s_i, how closely the references are followed (separate only)
-    beta: float = Field(1.0, ge=0)  # scale of the adapter's residuals
-    subject_start: float = Field(0.0, ge=0, le=1)  # share of the steps from which on subjects are drawn
-    subject_end: float = Field(1.0, ge=0, le=1)  # share of the steps until which subjects are drawn
-    subject_until: float = Field(1.0, ge=0, le=1)  # share of the steps after which the plain base takes over
-    layout: Literal["seeded", "none"] = "seeded"  # places of subjects without a box; none: the model chooses
     cutout: CutoutMethod = "auto"  # alpha if the picture has one, else GrabCut
-    width: int | None = Field(None, gt=0)  # pixels; null: the size the model was trained at
-    height: int | None = Field(None, gt=0)
     device: str = "auto"  # auto: cuda if there is one, else cpu
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     grid: bool = False  # also write grid.png with the references beside the pictures
 
 
@@ -102,7 +95,7 @@ def run(settings: GenerateSettings) -> list[Path]:
     ]
     match_nouns(settings.prompt, subjects)
     folder = open_output_folder(settings.output)
-    pipeline = _load_pipeline(settings)
+    pipeline = open_pipeline(settings, settings.device, settings.precision)
     model = pipeline.fingerprint()
 
     paths: list[Path] = []
@@ -145,7 +138,7 @@ def _parser() -> CommandParser:
         "generate",
         usage="%(prog)s [options] [key=value …]",
         description="Draw subjects from photos of them.",
-        epilog="Every setting can be given as key=value too; infer/generate.py documents each.",
+        epilog="Every setting can be given as key=value too; infer/generate.py and infer/drawing.py document each.",
     )
     add = parser.add_argument
     add("--config", action="append", metavar="FILE", help="YAML settings; several: later wins")
@@ -158,6 +151,7 @@ def _parser() -> CommandParser:
     add("--batch-size", type=int, metavar="N", help="pictures drawn at once (1)")
     add("--model", metavar="NAME", help="shipped name, folder or hub id (toybox)")
     add("--base", metavar="NAME", help="another base for trained parts than the one they name")
+    add("--scheduler", choices=get_args(SchedulerName), help="sampler (the model's own)")
     add("--steps", type=int, metavar="N", help="denoising steps")
     add("--guidance", choices=("separate", "joint", "none"), help="three branches, two, or one")
     add("--guidance-scale", type=float, metavar="X", help="how closely the text is followed")
@@ -189,26 +183,6 @@ def _load_references(argument: SubjectArgument, method: CutoutMethod) -> list[_R
     return found
 
 
-def _load_pipeline(settings: GenerateSettings) -> SubjectDiffusionPipeline:
-    import torch
-
-    from infer.loading import hush_libraries
-    from infer.pipeline import SubjectDiffusionPipeline
-
-    hush_libraries()
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {device}: cannot be used ({reason}); expected auto, cpu or cuda") from error
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
-    pipeline = SubjectDiffusionPipeline.from_pretrained(settings.model, settings.base, dtype=kind)
-    return pipeline.to(device)
-
-
 def _draw(
     pipeline: SubjectDiffusionPipeline, settings: GenerateSettings, subjects: Sequence[Subject]
 ) -> Iterator[tuple[int, Image.Image, list[Box] | None]]:
@@ -221,18 +195,7 @@ def _draw(
         drawn = pipeline(
             settings.prompt,
             list(subjects),
-            negative_prompt=settings.negative_prompt,
-            height=settings.height,
-            width=settings.width,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            subject_guidance_scale=settings.subject_guidance_scale,
-            guidance=settings.guidance,
-            beta=settings.beta,
-            subject_start=settings.subject_start,
-            subject_end=settings.subject_end,
-            subject_until=settings.subject_until,
-            layout=settings.layout,
+            **settings.call_arguments(),
             num_images_per_prompt=len(seeds),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         )
@@ -255,7 +218,7 @@ def _write_cutouts(folder: Path, references: Sequence[_Reference]) -> None:
     for reference in references:
         content = hashlib.sha256(reference.cutout.tobytes()).hexdigest()[:8]
         noun = "".join(letter if letter.isalnum() else "_" for letter in reference.noun)
-        write_new(target / f"{noun}-{content}.png", _encode(reference.cutout))
+        write_new(target / f"{noun}-{content}.png", encode_picture(reference.cutout))
 
 
 def _write_settings(settings: GenerateSettings, path: Path) -> None:
@@ -268,11 +231,5 @@ def _write_settings(settings: GenerateSettings, path: Path) -> None:
 def _write_grid(folder: Path, paths: Sequence[Path], subjects: Sequence[Subject]) -> None:
     pictures = [Image.open(path) for path in paths]
     sheet = make_grid(pictures, [reference for subject in subjects for reference in subject.references])
-    if not write_new(folder / "grid.png", _encode(sheet)):
-        write_new(folder / f"grid-{next_number(folder) - len(paths):05d}.png", _encode(sheet))
-
-
-def _encode(picture: Image.Image) -> bytes:
-    encoded = BytesIO()
-    picture.save(encoded, "PNG")
-    return encoded.getvalue()
+    if not write_new(folder / "grid.png", encode_picture(sheet)):
+        write_new(folder / f"grid-{next_number(folder) - len(paths):05d}.png", encode_picture(sheet))

@@ -53,15 +53,7 @@ def load_trained_parts(folder: Path, base: str | None, dtype: torch.dtype) -> di
     """
     with one_line_errors(f"model {folder}"):
         parts = load_subject_model(folder, base=base)
-    with one_line_errors(f"base {parts.base}"):
-        stock = StableDiffusionPipeline.from_pretrained(
-            _locate(parts.base, "base"),
-            safety_checker=None,
-            feature_extractor=None,
-            image_encoder=None,
-            requires_safety_checker=False,
-            use_safetensors=True,
-        )
+    stock = load_base(parts.base, dtype=None)
     with one_line_errors(f"model {folder}"):
         parts.compose(stock.unet, stock.text_encoder)  # before the cast: the fingerprint is that of the files
     networks = {
@@ -74,6 +66,27 @@ def load_trained_parts(folder: Path, base: str | None, dtype: torch.dtype) -> di
     for network in networks.values():
         network.eval().requires_grad_(False).to(dtype)
     return {**networks, "tokenizer": stock.tokenizer, "scheduler": stock.scheduler, "base": parts.base}
+
+
+def load_base(name: str | Path, dtype: torch.dtype | None = torch.float32) -> StableDiffusionPipeline:
+    """A plain base as diffusers' own pipeline: a shipped name (`toybox`), a folder or a hub id.
+
+    Args:
+        name: what to load.
+        dtype: of all its networks; None leaves it to the libraries, which differ.
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    with one_line_errors(f"base {name}"):
+        return StableDiffusionPipeline.from_pretrained(
+            _locate(name, "base"),
+            safety_checker=None,
+            feature_extractor=None,
+            image_encoder=None,
+            requires_safety_checker=False,
+            use_safetensors=True,
+            **({} if dtype is None else {"dtype": dtype}),
+        )
 
 
 def load_base_networks(base: str, dtype: torch.dtype) -> tuple[UNet2DConditionModel, CLIPTextModel]:

@@ -57,22 +57,33 @@ def write_picture(folder: Path, picture: Image.Image, record: PictureRecord) -> 
     Raises:
         UserError: the disk is full or the folder cannot be written; no partial file stays.
     """
+    content = encode_picture(picture, record)
+    number = next_number(folder)
+    while not write_new(folder / f"{number:05d}.png", content):
+        number += 1
+    return folder / f"{number:05d}.png"
+
+
+def encode_picture(picture: Image.Image, record: PictureRecord | None = None) -> bytes:
+    """A PNG file's content, with the record as text chunks."""
     chunks = PngInfo()
-    for key, text in {
-        "prompt": record.prompt,
-        "seed": str(record.seed),
-        "settings": json.dumps(record.settings, ensure_ascii=False),
-        "subjects": json.dumps(list(record.subjects), ensure_ascii=False),
-        "model": record.model,
-        "Software": SOFTWARE,
-    }.items():
+    texts = (
+        {}
+        if record is None
+        else {
+            "prompt": record.prompt,
+            "seed": str(record.seed),
+            "settings": json.dumps(record.settings, ensure_ascii=False),
+            "subjects": json.dumps(list(record.subjects), ensure_ascii=False),
+            "model": record.model,
+            "Software": SOFTWARE,
+        }
+    )
+    for key, text in texts.items():
         chunks.add_itxt(key, text)
     encoded = BytesIO()
     picture.save(encoded, "PNG", pnginfo=chunks)
-    number = next_number(folder)
-    while not write_new(folder / f"{number:05d}.png", encoded.getvalue()):
-        number += 1
-    return folder / f"{number:05d}.png"
+    return encoded.getvalue()
 
 
 def read_record(path: Path) -> PictureRecord:
@@ -83,8 +94,7 @@ def read_record(path: Path) -> PictureRecord:
     """
     try:
         with Image.open(path) as opened:
-            opened.load()
-            text = dict(getattr(opened, "text", {}))
+            text = dict(opened.info)  # our chunks stand before the pixels, which need not be decoded
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"{path}: not a PNG that can be read ({error})") from error
     try:

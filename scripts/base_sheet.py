@@ -13,18 +13,17 @@ import textwrap
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.toybox.world import ToyboxWorld
-from infer.loading import SHIPPED, hush_libraries
+from infer.loading import hush_libraries, load_base
 
 TILE, GAP, TEXT = 96, 6, 40  # pixels
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, default=SHIPPED / "toybox" / "base", help="folder of the base")
+    parser.add_argument("--base", default="toybox", help="shipped name, folder or hub id")
     parser.add_argument("--output", type=Path, default=Path("docs/images/base.png"))
     parser.add_argument("--count", type=int, default=24, help="captions")
     parser.add_argument("--columns", type=int, default=6)
@@ -33,9 +32,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=3.0)
     arguments = parser.parse_args()
     hush_libraries()
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        arguments.base, safety_checker=None, use_safetensors=True, dtype=torch.float32
-    )
+    pipeline = load_base(arguments.base)
     pipeline.set_progress_bar_config(disable=True)
     world = ToyboxWorld("val", seed=arguments.seed)
     scenes = [world.scene(i) for i in range(arguments.count)]
