@@ -123,6 +123,7 @@ def one_line_errors(subject: str) -> Iterator[None]:
 
 def _locate(name: str | Path, part: str) -> Path | str:
     """Folder, shipped folder, or the hub id of a full folder that can be reached."""
+    what = "base" if part == "base" else "model"
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -133,7 +134,7 @@ def _locate(name: str | Path, part: str) -> Path | str:
         return _from_hub(str(name))
     names = sorted(entry.name for entry in SHIPPED.iterdir()) if SHIPPED.is_dir() else []
     raise UserError(
-        f"model {name}: no such folder, shipped model or hub id; shipped: {', '.join(names) or 'none'}, "
+        f"{what} {name}: no such folder, shipped model or hub id; shipped: {', '.join(names) or 'none'}, "
         "a hub id looks like owner/name"
     )
 

@@ -1,1 +1,1 @@
-"""Measuring pictures against the truth of the toybox: judges, protocol, scores."""
+"""One ruler for all methods: protocols (what is asked), methods (who answers), metrics, a restartable run, a report."""
