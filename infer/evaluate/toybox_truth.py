@@ -59,14 +59,24 @@ def held_out_subjects(archive: SubjectArchive, count: int) -> list[ToyboxSubject
 
 def single_requests(archive: SubjectArchive, subjects: Sequence[ToyboxSubject], seed: int = 0) -> list[Request]:
     """`PROMPTS` requests a subject: other backgrounds and places, the first half by noun, the others by group word."""
-    requests: list[Request] = []
-    for number, subject in enumerate(subjects):
-        rng = np.random.default_rng((seed, number))
-        backgrounds = rng.permutation(list(BACKGROUNDS))[:PROMPTS]
-        for i, background in enumerate(backgrounds):
-            word = subject.noun if i < PROMPTS // 2 else subject.group_word
-            requests.append(_request(archive, [subject], [word], str(background), rng, len(requests)))
-    return requests
+    return [
+        request
+        for number, subject in enumerate(subjects)
+        for request in requests_of_subject(archive, subject, number, seed)
+    ]
+
+
+def requests_of_subject(
+    archive: SubjectArchive, subject: ToyboxSubject, number: int, seed: int = 0
+) -> tuple[Request, ...]:
+    """The `PROMPTS` requests of subject `number` of a list."""
+    rng = np.random.default_rng((seed, number))
+    backgrounds = rng.permutation(list(BACKGROUNDS))[:PROMPTS]
+    words = [subject.noun if i < PROMPTS // 2 else subject.group_word for i in range(PROMPTS)]
+    return tuple(
+        request_picture(archive, [subject], [word], rng, number * PROMPTS + i, background=str(background))
+        for i, (word, background) in enumerate(zip(words, backgrounds, strict=True))
+    )
 
 
 def pair_requests(archive: SubjectArchive, subjects: Sequence[ToyboxSubject], seed: int = 1) -> list[Request]:
@@ -74,26 +84,43 @@ def pair_requests(archive: SubjectArchive, subjects: Sequence[ToyboxSubject], se
     requests: list[Request] = []
     for number, first in enumerate(subjects):
         second = next(s for s in [*subjects[number + 1 :], *subjects] if s.noun != first.noun)
-        rng = np.random.default_rng((seed, number))
-        background = str(rng.choice(list(BACKGROUNDS)))
-        requests.append(_request(archive, [first, second], [first.noun, second.noun], background, rng, number))
+        requests.append(request_of_pair(archive, first, second, number, seed))
     return requests
 
 
-def _request(
+def request_of_pair(
+    archive: SubjectArchive, first: ToyboxSubject, second: ToyboxSubject, number: int, seed: int = 1
+) -> Request:
+    """The request for subject `number` of a list with another one."""
+    rng = np.random.default_rng((seed, number))
+    background = str(rng.choice(list(BACKGROUNDS)))
+    return request_picture(archive, [first, second], [first.noun, second.noun], rng, number, background=background)
+
+
+def request_picture(
     archive: SubjectArchive,
     subjects: Sequence[ToyboxSubject],
     words: Sequence[str],
-    background: str,
     rng: np.random.Generator,
     seed: int,
+    *,
+    background: str,
+    shown: Sequence[np.ndarray] | None = None,
 ) -> Request:
+    """Ask for subjects at random places on a background, and render the answer.
+
+    Args:
+        words: what the prompt calls the subjects.
+        rng: decides places, the render and the references.
+        seed: of the picture to be drawn.
+        shown: cut-outs to render in place of the subjects' own, (128, 128, 4) uint8 RGBA each.
+    """
     world = ToyboxWorld("heldout", archive=archive)
     places = place(len(subjects), rng)
     cutouts = [archive.cutout(subject.id) for subject in subjects]
     placements = [
         Placement(vary(cutout, rng, pixels=side * SIZE, degrees=15, hue=6), centre, side)
-        for cutout, (centre, side) in zip(cutouts, places, strict=True)
+        for cutout, (centre, side) in zip(shown or cutouts, places, strict=True)
     ]
     picture, masks = compose(placements, background, int(rng.integers(BACKGROUND_POOL)), SIZE)
     named = " and ".join(_with_article(word) for word in words)

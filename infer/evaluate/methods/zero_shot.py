@@ -7,20 +7,22 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from infer.drawing import DrawSettings, Precision, open_pipeline, sampler
 from infer.evaluate.cases import Case, EvaluatedSubject
 from infer.evaluate.methods import Answer
 from infer.evaluate.settings import EvaluateSettings
 from infer.pipeline import SubjectDiffusionPipeline
-from infer.subjects import Subject
+from infer.subjects import MAX_STRENGTH, Subject
 
 BOUND = False
 
 
 class MethodSettings(DrawSettings):
-    """Settings of `generate`, and whether references are given at all."""
+    """How `generate` draws, how strong the subjects are, and whether references are given at all."""
 
+    strength: float = Field(1.0, ge=0, le=MAX_STRENGTH)  # of every subject; 0 is off, 1 as trained
     references: bool = True  # false: same prompts and seeds without subjects, what the text alone gives away
 
 
@@ -52,7 +54,7 @@ class ZeroShot:
             return []
         boxes = case.boxes if case.boxes and self.settings.layout != "none" else (None,) * len(case.subjects)
         return [
-            Subject(word, subject.cutouts, box=box)
+            Subject(word, subject.cutouts, box=box, strength=self.settings.strength)
             for word, subject, box in zip(case.words, case.subjects, boxes, strict=True)
         ]
 
