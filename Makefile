@@ -7,13 +7,13 @@ RUN    := $(VENV)/bin/subject-diffusion
 # Threads that wait by spinning make small tensors ten times slower on a machine that is busy with something else.
 demo test test-slow: export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow lint toybox
+.PHONY: demo test test-slow browser lint toybox
 .DEFAULT_GOAL := test
 
 $(STAMP): setup.cfg pyproject.toml
 	@$(PYTHON) -m pip --version >/dev/null 2>&1 || python3 -m venv $(VENV)
 	@echo "installing into $(VENV): some minutes, once"
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[evaluate,test]"
 	@touch $(STAMP)
 
 demo: $(STAMP)
@@ -22,8 +22,13 @@ demo: $(STAMP)
 test: lint
 	$(PYTHON) -m pytest -n 2 --dist loadfile
 
-test-slow: lint
+test-slow: lint browser
 	$(PYTHON) -m pytest -m "slow or browser"
+
+# Debian's Chromium where it can be installed; without one the browser tests are skipped and say so.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || (apt-get update -qq && apt-get install -qq -y chromium) \
+		|| echo "no Chromium: browser tests will be skipped"
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

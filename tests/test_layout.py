@@ -82,7 +82,7 @@ def test_no_file_is_called_like_a_standard_module_or_a_sibling_folder() -> None:
 
 def test_every_library_that_is_imported_is_required() -> None:
     setup = read_setup()
-    lists = setup["options"]["install_requires"] + setup["options.extras_require"]["test"]
+    lists = "\n".join([setup["options"]["install_requires"], *setup["options.extras_require"].values()])
     required = {re.split(r"[<>=]", line)[0].lower().replace("_", "-") for line in lists.split()}
     distributions = packages_distributions()
     for path in [*FILES, *sorted((ROOT / "tests").rglob("*.py"))]:

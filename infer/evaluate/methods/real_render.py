@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_pipeline.settings import Settings
 from infer.drawing import usable_device
+from infer.evaluate.backbones import as_picture
 from infer.evaluate.cases import Case, EvaluatedSubject
 from infer.evaluate.methods import Answer
 from infer.evaluate.settings import EvaluateSettings
@@ -58,7 +59,7 @@ def _real(case: Case) -> Image.Image:
     if case.truth is not None:
         return Image.fromarray(to_uint8(case.truth.real))
     others = case.subjects[0].others
-    return others[case.seed % len(others)].open().convert("RGB")
+    return as_picture(others[case.seed % len(others)])
 
 
 def answers(case: Case) -> bool:
