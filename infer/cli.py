@@ -13,6 +13,7 @@ from data_pipeline.errors import run_command
 COMMANDS = {
     "train": ("train.command", "train one model from a configuration; resumes by itself"),
     "generate": ("infer.generate", "draw pictures of given subjects"),
+    "evaluate": ("infer.evaluate.command", "compare methods under one protocol, write the report"),
 }
 
 

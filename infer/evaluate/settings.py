@@ -61,7 +61,7 @@ class EvaluateSettings(Settings):
     name: str
     output: Path
     protocol: ProtocolSettings
-    methods: dict[str, dict[str, Any]] = Field(min_length=1)  # name: {kind: …, the kind's own settings (`methods/`)}
+    methods: dict[str, dict[str, Any]] = Field(min_length=1)  # name: {kind: …, settings of `methods/`}
     metrics: tuple[str, ...] = ("clip", "dino", "diversity")  # `metrics/`
     backbones: BackboneSettings = BackboneSettings()
     crops: Literal["asked", "detected", "none"] = "detected"  # where crop-based scores look for a subject

@@ -103,11 +103,15 @@ def create(plan: MethodPlan, run: EvaluateSettings) -> Method:
 
 
 def _plan(name: str, values: dict[str, Any], source: str) -> MethodPlan:
-    """`kind` picks the file, `config` names files whose keys come first, the rest are the kind's own settings."""
+    """`kind` picks the file, `config` names files whose keys come first, `bound` makes a row a bound or a contender
+    against its kind's habit; the rest are the kind's own settings."""
     rest = dict(values)
-    kind, config = rest.pop("kind", None), rest.pop("config", ())
+    kind, config, bound = rest.pop("kind", None), rest.pop("config", ()), rest.pop("bound", None)
     if kind not in KINDS:
         raise UserError(f"{source}.kind={kind!r}: no such kind of method; expected one of {', '.join(KINDS)}")
     module = import_module(KINDS[kind])
     files = [Path(file) for file in ([config] if isinstance(config, str) else config)]
-    return MethodPlan(name, kind, module.BOUND, settings_of(module.MethodSettings, rest, source, files))
+    if not isinstance(bound, bool | None):
+        raise UserError(f"{source}.bound={bound!r}: expected true or false")
+    bound = module.BOUND if bound is None else bound
+    return MethodPlan(name, kind, bound, settings_of(module.MethodSettings, rest, source, files))

@@ -1,8 +1,8 @@
 """The small world's protocol: held-out subjects and pairs of them, each case with a real render that answers it.
 
-Without a list of prompts the requests are those of `scripts/bench_toybox.py`: the same words, backgrounds, places,
-renders and seeds, four a subject; of its references the first of a subject serves all its cases, so that every method
-sees one. With a list (`configs/eval/prompts/toybox.yaml`) its templates are asked for, which know more kinds.
+Without a list of prompts the requests are those of `toybox_truth.py`, four a subject; of its references the first of a
+subject serves all its cases, so that every method sees one. With a list (`configs/eval/prompts/toybox.yaml`) its
+templates are asked for, which know more kinds.
 """
 
 from __future__ import annotations
