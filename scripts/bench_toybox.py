@@ -37,7 +37,7 @@ from infer.evaluate.judges import Judges, boxes_of_things
 from infer.evaluate.results import Results
 from infer.evaluate.runner import Plan, Scope, execute, missing_pictures, process_count
 from infer.evaluate.scores import placement
-from infer.evaluate.settings import EvaluateSettings
+from infer.evaluate.settings import ClassDriftSettings, EvaluateSettings
 from infer.evaluate.toybox_truth import GALLERY, PROMPTS
 from infer.loading import SHIPPED, hush_libraries
 from model.reference import prepare_reference
@@ -154,7 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hush_libraries()
     counts = [f"protocol.subjects={options.subjects}", f"protocol.pairs={options.subjects}"]
     run = load_settings(EvaluateSettings, [CONFIG], [*counts, *options.overrides])
-    run = run.model_copy(update={"sweeps": {}, "output": options.output or run.output})
+    run = run.model_copy(
+        update={"sweeps": {}, "class_drift": ClassDriftSettings(), "output": options.output or run.output}
+    )
     plan = Plan.of(run, Scope())
     asked, missing = missing_pictures(plan)
     print(f"{asked} pictures, {asked - missing} of them there", flush=True)

@@ -10,6 +10,8 @@ import pytest
 
 from data_pipeline.settings import load_settings
 from infer.cli import COMMANDS, main
+from infer.evaluate.methods import plan_methods
+from infer.evaluate.settings import EvaluateSettings
 from train.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +41,15 @@ def test_its_train_commands_have_settings_that_load(monkeypatch: pytest.MonkeyPa
     assert found
     for arguments in found:
         assert arguments[0] == "--config" and load_settings(TrainSettings, [Path(arguments[1])], arguments[2:])
+
+
+def test_its_evaluate_commands_have_settings_that_load() -> None:
+    found = commands("subject-diffusion evaluate")
+    assert found
+    for arguments in found:
+        assert arguments[0] == "--config"
+        overrides = [word for word in arguments[2:] if "=" in word]
+        assert plan_methods(load_settings(EvaluateSettings, [ROOT / arguments[1]], overrides))
 
 
 def test_its_python_lines_draw(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from infer.evaluate.backbones import load_dino
 from infer.evaluate.judges import Judges
 from infer.evaluate.metrics.toybox import judge_name, load_truth, small_picture
 from infer.evaluate.settings import EvaluateSettings
+from infer.evaluate.store import open_picture
 
 SUBSET_SIZE, SUBSETS = 1000, 100  # the usual ones; fewer pictures are taken all at once
 WHOLE = (0.0, 0.0, 1.0, 1.0)
@@ -65,7 +66,7 @@ def class_drift(pictures: Mapping[str, Sequence[Path]], settings: EvaluateSettin
     if against not in enough:
         raise UserError(f"class drift: fewer than two class pictures of {against!r}, which all are compared with")
     measure = load_measure(settings)
-    features = {name: measure.features(map(_opened, files)) for name, files in enough.items()}
+    features = {name: measure.features(map(open_picture, files)) for name, files in enough.items()}
     return {name: kid(found, features[against]) for name, found in features.items() if name != against}
 
 
@@ -109,11 +110,3 @@ def _judged(pictures: Iterable[Image.Image], judges: Judges) -> Tensor:
         parts.append(judges.describe(torch.stack(batch), torch.tensor([WHOLE]).expand(len(batch), -1)))
     codes = torch.cat(parts)  # (N, D)
     return codes * codes.shape[1] ** 0.5
-
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except OSError as error:
-        raise UserError(f"{path}: damaged ({error}); remove it and run the same command again") from error

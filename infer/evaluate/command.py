@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.arguments import positive
-from data_pipeline.errors import CommandParser
+from data_pipeline.errors import CommandParser, UserError
 from data_pipeline.settings import load_settings, write_settings
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def _parser() -> CommandParser:
 
 
 def _evaluate(run: EvaluateSettings, options: argparse.Namespace) -> int:
+    _check_installed()
     from infer.evaluate.gather import gather
     from infer.evaluate.report import write_report
     from infer.evaluate.runner import Plan, Scope, estimate, execute, missing_pictures, process_count
@@ -93,7 +95,14 @@ def _evaluate(run: EvaluateSettings, options: argparse.Namespace) -> int:
     return 1 if results.holes else 0
 
 
+def _check_installed() -> None:
+    for name in ("pandas", "pyarrow", "scipy", "jinja2"):
+        if find_spec(name) is None:
+            raise UserError(f"evaluate: needs {name}; pip install --editable '.[evaluate]' brings all of its libraries")
+
+
 def _read_answers(run: EvaluateSettings, files: Sequence[Path]) -> int:
+    _check_installed()
     from infer.evaluate.human import as_markdown, read_answers
 
     print(as_markdown(read_answers(run.output / "human", files)))

@@ -18,7 +18,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.machine import processor_name
 from infer.drawing import usable_device
 from infer.evaluate.cases import Case
-from infer.evaluate.class_drift import class_drift
+from infer.evaluate.class_drift import class_drift, load_measure
 from infer.evaluate.methods import MethodPlan, plan_methods
 from infer.evaluate.metrics import Column, load_metric
 from infer.evaluate.results import MethodFacts, Results
@@ -58,7 +58,7 @@ def gather(asked: Plan, holes: Sequence[str]) -> Results:
         references=_references(plan, store),
         holes=tuple(dict.fromkeys(lines)),
         class_drift=drift,
-        facts=_facts(plan),
+        facts=_facts(plan) | ({"class drift": f"KID by {load_measure(plan.run).backbone}"} if drift else {}),
         settings_yaml=yaml.safe_dump(plan.run.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
     )
 

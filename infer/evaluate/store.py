@@ -137,6 +137,19 @@ class Store:
             yield True
 
 
+def open_picture(path: Path) -> Image.Image:
+    """A stored picture, RGB.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path}: damaged ({error}); remove it and run the same command again") from error
+
+
 def _write(path: Path, content: bytes) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

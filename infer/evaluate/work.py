@@ -13,19 +13,17 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
-from PIL import Image
 
 from data_pipeline.errors import UserError
 from infer.evaluate.cases import Case, Protocol
 from infer.evaluate.methods import Answer, Method, MethodPlan, create
 from infer.evaluate.metrics import Drawn, Metric, load_metric
 from infer.evaluate.settings import EvaluateSettings
-from infer.evaluate.store import Made, Store
+from infer.evaluate.store import Made, Store, open_picture
 
 Cases = tuple[Case, ...]
 Tell = Callable[[str, str, int], None]  # ("drawn", method, pictures) or ("hole", line, 0)
@@ -112,7 +110,7 @@ class Worker:
         several = getattr(unit.plan.settings, "steps", 0) > 3
         for steps in (1, 1, 3) if several else (None, None):  # the first one warms up
             settings = unit.plan.settings.model_copy(update={"steps": steps} if steps else {})
-            method = create(MethodPlan(unit.plan.name, unit.plan.kind, unit.plan.bound, settings), self.run)
+            method = create(replace(unit.plan, settings=settings), self.run)
             start = time.perf_counter()
             answers = method.draw(cases)
             took.append((time.perf_counter() - start) / len(cases))
@@ -170,7 +168,7 @@ class Worker:
         for case in unit.cases:
             made = self.store.picture(unit.plan, case)
             assert made is not None, f"{case.id} was drawn just now"
-            answers.append(Answer(_open(self.store.picture_path(unit.plan, case)), made.boxes))
+            answers.append(Answer(open_picture(self.store.picture_path(unit.plan, case)), made.boxes))
         drawn = _drawn(unit.cases, answers)
         for name, metric in todo.items():
             with self._holes(f"{unit.plan.name}, {unit.group}, metric {name}"):
@@ -204,14 +202,6 @@ class Worker:
         except Exception as error:
             traceback.print_exc()
             self.tell("hole", f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", 0)
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except OSError as error:
-        raise UserError(f"{path}: damaged ({error}); remove it and run the same command again") from error
 
 
 def _drawn(cases: Sequence[Case], answers: Sequence[Answer]) -> list[Drawn]:

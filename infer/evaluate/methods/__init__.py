@@ -9,7 +9,7 @@ create(settings, run)       loads a `Method`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,10 +62,11 @@ class MethodPlan:
     settings: Settings  # all that decides its pictures
     sweep: tuple[str, str, Any] | None = None  # sweep's name, key, value
     groups: int | None = None  # only the first so many of each part; None: all
+    class_words: bool = False  # whether it draws bare class words: contenders, and what they are compared with
 
     def answers(self, case: Case) -> bool:
-        """Whether the method has an answer to cases of this sort; sweeps have none to bare class words."""
-        if case.part == "class" and (self.sweep or self.groups is not None):
+        """Whether the method has an answer to cases of this sort."""
+        if case.part == "class" and not self.class_words:
             return False
         return bool(import_module(KINDS[self.kind]).answers(case))
 
@@ -81,6 +82,7 @@ def plan_methods(run: EvaluateSettings) -> list[MethodPlan]:
         UserError: an unknown kind, key or value.
     """
     plans = [_plan(name, values, f"methods.{name}") for name, values in run.methods.items()]
+    plans = [replace(plan, class_words=not plan.bound or plan.name == run.class_drift.against) for plan in plans]
     for title, sweep in run.sweeps.items():
         for value in sweep.values:
             source = f"sweeps.{title}"

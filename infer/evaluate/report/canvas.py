@@ -80,7 +80,7 @@ class Scale:
         return [value for value in found if self.low <= value <= self.high]
 
     def _step(self) -> float:
-        rough = (self.high - self.low) / 5
+        rough = (self.high - self.low) / 6.5
         power = 10.0 ** floor(log10(rough))
         return next(power * times for times in (1, 2, 5, 10) if power * times >= rough)
 

@@ -53,7 +53,8 @@ def sweep_figures(results: Results) -> list[Figure]:
 
 def _figure(results: Results, sweep: _Sweep) -> Figure:
     columns = [c for role in ("subject", "prompt") if (c := of_role(results.columns, role))]
-    drawing = Drawing(18 + len(columns) * (PANEL + 40), f"{sweep.title}: {' and '.join(c.label for c in columns)}")
+    height = 4 + 14 * _lines(sweep) + len(columns) * (PANEL + 40)
+    drawing = Drawing(height, f"{sweep.title}: {' and '.join(column.label for column in columns)}")
     drawing.text(2, 11, sweep.title, "heading")
     across = _across(sweep)
     parts = [part for part in PARTS if (results.table["part"] == part).any()]
@@ -110,11 +111,21 @@ def _swept(results: Results, sweep: _Sweep) -> MethodFacts | None:
     return None
 
 
+def _room(sweep: _Sweep) -> float:
+    """Width of the label of a value."""
+    return (RIGHT - LEFT) / len(sweep.values) - 4
+
+
+def _lines(sweep: _Sweep) -> int:
+    """How many lines the labels of the values take."""
+    return 2 if any(text_width(wording.value_word(value), 12) > _room(sweep) for value in sweep.values) else 1
+
+
 def _values_below(drawing: Drawing, sweep: _Sweep, across: dict[int, float], top: float, default: Any) -> None:
     """Labels of the values, on two lines if they are long; one that would touch another is left out."""
     bottom, free = top + PANEL - 22, [0.0, 0.0]
-    room = (RIGHT - LEFT) / len(sweep.values) - 4
-    lines = 2 if any(text_width(wording.value_word(value), 12) > room for value in sweep.values) else 1
+    room = _room(sweep)
+    lines = _lines(sweep)
     for i, value in enumerate(sweep.values):
         x = across[i]
         style = "now" if value == default else "grid"
@@ -141,11 +152,11 @@ def _curve(
 
 
 def _legend(drawing: Drawing, marks: dict[str, Look]) -> None:
-    """Which part is which, on the line of the title; one part needs none."""
+    """Which part is which, beside the name of the first axis; one part needs none."""
     x = RIGHT
     for part in reversed(marks) if len(marks) > 1 else ():
         text = PARTS[part].lower()
         x -= text_width(text, 12)
-        drawing.text(x, 11, text, "small")
-        drawing.mark(x - 10, 11, marks[part], radius=4.5)
+        drawing.text(x, 38, text, "small")
+        drawing.mark(x - 10, 38, marks[part], radius=4.5)
         x -= 28

@@ -23,6 +23,7 @@ from infer.evaluate.report.plots import Figure, by_kind, difference_glyph, swatc
 from infer.evaluate.report.sheets import extremes, open_album, sheets
 from infer.evaluate.report.tables import (
     COSTS,
+    HOLES_AT_ONCE,
     PartTable,
     Row,
     as_markdown,
@@ -82,7 +83,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.globals.update(wording=wording, swatch=swatch, costs=COSTS)
+    templates.globals.update(wording=wording, swatch=swatch, costs=COSTS, holes_at_once=HOLES_AT_ONCE)
     return templates
 
 

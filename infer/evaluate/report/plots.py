@@ -27,6 +27,7 @@ from infer.evaluate.report.canvas import (
 from infer.evaluate.report.tables import PartTable, Row, of_role
 
 LEFT, RIGHT, TOP, BOTTOM = 52.0, WIDTH - 10.0, 30.0, 324.0
+NAMES_OF_LEVELS = 130.0  # the widest that a name beside a level may be
 MANY = 7  # points with their names beside them; more are numbered, and named below
 
 
@@ -45,7 +46,7 @@ def trade_off(table: PartTable) -> list[Figure]:
     if subject is None or prompt is None:
         return []
     said = f"{subject.label} tells the subject, {prompt.label} the text: up and right is better."
-    figures = [_trade_off(table, table.rows, subject, prompt, f"{table.title}. {said} Hollow grey marks are bounds.")]
+    figures = [_trade_off(table, table.rows, subject, prompt, f"{table.title}: {said} Hollow grey marks are bounds.")]
     if len(table.contenders) > 2 and table.bounds:
         closer = f"{table.title}, contenders only: the same points, closer."
         figures.append(_trade_off(table, table.contenders, subject, prompt, closer))
@@ -66,8 +67,8 @@ def _trade_off(table: PartTable, rows: Sequence[Row], subject: Column, prompt: C
         f"{p.row.name}: {subject.label} {wording.with_spread(p.y)}, {prompt.label} {wording.with_spread(p.x)}"
         for p in points
     ]
-    key = _points(drawing, table, points, across, up, tips)
-    return Figure(drawing.svg(), caption, key)
+    _points(drawing, points, _names(table, len(points)), across, up, tips, [])
+    return Figure(drawing.svg(), caption, _key(table, [point.row for point in points]))
 
 
 def time_against_score(table: PartTable) -> Figure | None:
@@ -79,22 +80,24 @@ def time_against_score(table: PartTable) -> Figure | None:
     levels = [row for row in rows if row.facts.bound and not row.facts.model]
     drawn = [row for row in rows if row not in levels]
     drawing = Drawing(372, f"{table.title}: seconds a picture against {subject.label}")
-    across = Scale.around_log([row.seconds for row in drawn], LEFT, RIGHT)
+    names = _names(table, len(rows))
+    room = min(max((text_width(names[row.name], SMALL) for row in levels), default=-14.0), NAMES_OF_LEVELS) + 14
+    across = Scale.around_log([row.seconds for row in drawn], LEFT, RIGHT - room)
     up = Scale.around([end for row in rows for end in row.estimates[subject.name].ends], BOTTOM, TOP)
     drawing.axis_below(across, BOTTOM, TOP, [wording.seconds(tick) for tick in across.ticks()])
-    drawing.axis_left(up, LEFT, RIGHT)
+    drawing.axis_left(up, LEFT, across.end)
     drawing.text(2, 11, _axis(subject), "axis")
-    drawing.text(RIGHT, BOTTOM + 34, "time of a picture ↓", "axis", "end")
+    drawing.text(across.end, BOTTOM + 34, "time of a picture ↓", "axis", "end")
+    taken = _levels(drawing, [(names[row.name], up(row.estimates[subject.name].mean)) for row in levels], across.end)
     points = []
     for row in drawn:
         points.append(_Point(row, Estimate(row.seconds, row.seconds, row.seconds, 1), row.estimates[subject.name]))
     tips = [f"{p.row.name}: {wording.seconds(p.x.mean)}, {subject.label} {wording.with_spread(p.y)}" for p in points]
-    at = [(row, up(row.estimates[subject.name].mean)) for row in levels]
-    for _, y in at:
-        drawing.line(LEFT, y, RIGHT, y, "level")
-    key = _points(drawing, table, points, across, up, tips, at)
+    _points(drawing, points, names, across, up, tips, taken)
     said = f"{table.title}. Time of a picture within its batch, on a log axis: up and left is better."
-    return Figure(drawing.svg(), said + (" Dashed levels are bounds that draw nothing." if levels else ""), key)
+    return Figure(
+        drawing.svg(), said + (" Dashed levels are bounds that draw nothing." if levels else ""), _key(table, rows)
+    )
 
 
 @dataclass(frozen=True)
@@ -104,38 +107,39 @@ class _Point:
     y: Estimate
 
 
+def _names(table: PartTable, count: int) -> dict[str, str]:
+    """What stands in a plot of `count` methods for each: its name, or its number in the table if they are many."""
+    return {row.name: str(number) if count > MANY else row.name for number, row in enumerate(table.rows, 1)}
+
+
+def _key(table: PartTable, rows: Sequence[Row]) -> tuple[tuple[int, Row], ...]:
+    """Numbers and rows, where `_names` gave numbers."""
+    return tuple((number, row) for number, row in enumerate(table.rows, 1) if row in rows) if len(rows) > MANY else ()
+
+
 def _points(
     drawing: Drawing,
-    table: PartTable,
     points: Sequence[_Point],
+    names: dict[str, str],
     across: Scale,
     up: Scale,
     tips: Sequence[str],
-    levels: Sequence[tuple[Row, float]] = (),
-) -> tuple[tuple[int, Row], ...]:
-    """Whiskers, marks and names; returns the key if there are too many names to stand beside their marks."""
-    taken: list[Rectangle] = [(LEFT, y - 1, RIGHT, y + 1) for _, y in levels]
+    taken: list[Rectangle],
+) -> None:
+    """Whiskers, marks and names; `taken` is where names had better not stand."""
     for point in points:
         _whisker(drawing, point, across, up, taken)
-    for point, tip in zip(points, tips, strict=True):
+    # Contenders over bounds, so that a bound does not hide one.
+    for point, tip in sorted(zip(points, tips, strict=True), key=lambda pair: not pair[0].row.facts.bound):
         drawing.mark(across(point.x.mean), up(point.y.mean), point.row.look, tip)
-    numbers = {row.name: number for number, row in enumerate(table.rows, 1)}
-    numbered = len(points) + len(levels) > MANY
-
-    def name(row: Row) -> str:
-        return str(numbers[row.name]) if numbered else row.name
-
-    labels = [Label(RIGHT - 4 - text_width(name(row)) / 2, y, name(row), row.look.colour) for row, y in levels]
-    labels += [Label(across(p.x.mean), up(p.y.mean), name(p.row), p.row.look.colour) for p in points]
-    place_labels(drawing, labels, taken, (LEFT + 2, TOP - 6, RIGHT + 4, BOTTOM))
-    named = [row for row, _ in levels] + [point.row for point in points]
-    return tuple(sorted(((numbers[row.name], row) for row in named), key=lambda pair: pair[0])) if numbered else ()
+    labels = [Label(across(p.x.mean), up(p.y.mean), names[p.row.name], p.row.look.colour) for p in points]
+    place_labels(drawing, labels, taken, (LEFT + 2, TOP - 6, across.end + 4, BOTTOM))
 
 
 def by_kind(table: PartTable, column: Column) -> Figure:
     """Bars of every method for each kind of prompt."""
     rows = [row for row in table.rows if row.pictures]
-    names = {row.name: str(number) if len(rows) > MANY else row.name for number, row in enumerate(table.rows, 1)}
+    names = _names(table, len(rows))
     kinds = [kind for kind in KINDS if any((row.table["kind"] == kind).any() for row in rows)]
     bars = {
         kind: [(row, estimate_column(row.table[row.table["kind"] == kind], column.name)) for row in rows]
@@ -157,10 +161,9 @@ def by_kind(table: PartTable, column: Column) -> Figure:
             drawing.text(start, y + step / 2, shortened(names[row.name], start - 4, SMALL), "small", "end")
             _bar(drawing, row, estimate, across, y + step / 2, step - 7)
             y += step
-    key = tuple((number, row) for number, row in enumerate(table.rows, 1) if row.pictures) if len(rows) > MANY else ()
     absent = [row.name for row in table.rows if not row.pictures]
     said = f" Without pictures here: {wording.listed(absent)}." if absent else ""
-    return Figure(drawing.svg(), f"{table.title}, {column.label} by kind of prompt.{said}", key)
+    return Figure(drawing.svg(), f"{table.title}, {column.label} by kind of prompt.{said}", _key(table, rows))
 
 
 def difference_glyph(comparison: Comparison, reach: float) -> str:
@@ -183,6 +186,19 @@ def swatch(row: Row) -> str:
 
 def _axis(column: Column) -> str:
     return f"{column.label} {wording.ARROWS[column.better]}".strip()
+
+
+def _levels(drawing: Drawing, levels: Sequence[tuple[str, float]], end: float) -> list[Rectangle]:
+    """Dashed lines up to `end` and their names behind it, spread where lines are close; what the lines cover."""
+    taken, free = list[Rectangle](), -1e9
+    for name, y in sorted(levels, key=lambda level: level[1]):
+        place = max(y, free)
+        drawing.line(LEFT, y, end, y, "level")
+        drawing.line(end, y, end + 11, place, "leader")
+        drawing.text(end + 14, place, shortened(name, NAMES_OF_LEVELS, SMALL), "small")
+        taken.append((LEFT, y - 1, end, y + 1))
+        free = place + 15
+    return taken
 
 
 def _whisker(drawing: Drawing, point: _Point, across: Scale, up: Scale, taken: list[Rectangle]) -> None:

@@ -24,7 +24,7 @@ from infer.evaluate.results import Results
 SIDE, MANY_METHODS, SMALL_SIDE = 128, 12, 96  # pixels of the longer side; the smaller one where a row has many pictures
 BUDGET = 5_500_000  # characters of all embedded pictures
 ROWS, AT_ONCE, AT_LEAST = 40, 10, 8  # of a sheet: in all, before "show more", however large the pictures are
-EXTREMES = 4  # best and worst cases of a contender
+EXTREMES, FEW, FEWER = 6, 4, 3  # best and worst cases of a contender; of more contenders than FEW only FEWER
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def extremes(results: Results, table: PartTable, album: Album) -> list[Extremes]
         )
         best_of_each = known.drop_duplicates("group")
         worst_of_each = known.iloc[::-1].drop_duplicates("group")
-        count = min(EXTREMES, ceil(len(best_of_each) / 2))
+        most = EXTREMES if len(table.contenders) <= FEW else FEWER
+        count = min(most, ceil(len(best_of_each) / 2))
         best = list(best_of_each.head(count).itertuples())
         taken = {case.case for case in best}
         worst = [case for case in worst_of_each.itertuples() if case.case not in taken][:count]

@@ -29,7 +29,7 @@ class Look:
     shape: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """A method in the table of a part."""
 
@@ -76,10 +76,11 @@ class Row:
         return "has no answer here" if self.asked else "nothing was drawn"
 
 
+HOLES_AT_ONCE = 10  # lines; the page folds the rest away
 COSTS = ("s a picture", "peak memory", "s a subject", "kept a subject")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PartTable:
     """One part of the protocol, all methods."""
 
@@ -199,7 +200,9 @@ def as_markdown(results: Results) -> str:
         lines += ["## Class drift", "", "| | KID ↓ |", "|---|---:|"]
         lines += [f"| {_plain(name)} | {wording.drift(value)} |" for name, value in results.class_drift.items()] + [""]
     if results.holes:
-        lines += ["## Holes", "", *(f"- {_plain(hole)}" for hole in results.holes), ""]
+        lines += ["## Holes", "", *(f"- {_plain(hole)}" for hole in results.holes[:HOLES_AT_ONCE])]
+        lines += [f"- {more:,} more, listed in report.html"] if (more := len(results.holes) - HOLES_AT_ONCE) > 0 else []
+        lines.append("")
     facts = ", ".join(f"{key} {value}" for key, value in results.facts.items())
     return "\n".join([*lines, *([_plain(facts), ""] if facts else [])])
 

@@ -164,6 +164,13 @@ def test_a_method_of_which_nothing_was_drawn_keeps_its_row(results: Results, tmp
     assert "hole: nothing was drawn" in Reader((tmp_path / "report.html").read_text()).said
 
 
+def test_many_holes_are_counted_and_folded_away(results: Results, tmp_path: Path) -> None:
+    write_report(replace(results, holes=tuple(f"ours, subject {i}: lost" for i in range(25)), folder=tmp_path))
+    said = Reader((tmp_path / "report.html").read_text()).said
+    assert "15 more" in said and "ours, subject 24: lost" in said
+    assert "- 15 more, listed in report.html" in (tmp_path / "report.md").read_text()
+
+
 def test_a_bound_without_an_answer_to_pairs_says_so(page: str, files: dict[str, Path]) -> None:
     assert "has no answer here" in Reader(page).said
     assert "*real render* (bound) (has no answer here)" in rows_of(files["report.md"].read_text(), "Two subjects")
@@ -233,10 +240,11 @@ def test_many_methods_are_numbered_in_plots_and_named_below(results: Results) ->
     methods = tuple(replace(results.methods[0], name=name) for name in names)
     rows = [results.table[results.table["method"] == "ours"].assign(method=name) for name in names]
     crowded = replace(results, methods=methods, table=pandas.concat(rows))
-    (figure, *_) = trade_off(part_tables(crowded)[0])
+    table = part_tables(crowded)[0]
+    (figure, *_) = trade_off(table)
     assert [(number, row.name) for number, row in figure.key] == list(enumerate(names, 1))
     assert "method 3</text>" not in figure.svg
-    assert by_kind(part_tables(crowded)[0], COLUMNS[0]).key == figure.key
+    assert by_kind(table, COLUMNS[0]).key == figure.key
     assert not trade_off(part_tables(results)[0])[0].key
 
 

@@ -16,9 +16,9 @@ import pandas
 import pytest
 import yaml
 from PIL import Image
-from tests.infer.evaluate.tiny_backbones import save_tiny_dino
 
 from infer.cli import main
+from tests.infer.evaluate.tiny_backbones import save_tiny_clip, save_tiny_detector, save_tiny_dino
 from tests.infer.tiny_model import TinyModel
 
 ROOT = Path(__file__).parents[3]
@@ -147,6 +147,30 @@ def test_killed_and_restarted_it_gives_the_same_pictures_and_tables(write: Write
     kill_and_restart(write("killed"), tmp_path / "killed", kills)
     assert pictures(tmp_path / "whole") == pictures(tmp_path / "killed")
     pandas.testing.assert_frame_equal(table(tmp_path / "whole"), table(tmp_path / "killed"))
+
+
+def test_all_metrics_and_class_drift_measure_one_run_together(
+    write: Write, tmp_path: Path, dino: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    networks = {
+        "dino": str(dino),
+        "clip": str(save_tiny_clip(tmp_path / "clip")),
+        "detector": str(save_tiny_detector(tmp_path / "detector")),
+    }
+    drift = {"images": 6, "against": "plain base"}
+    metrics = ["clip", "dino", "diversity"]
+    config = write("out", backbones=networks, class_drift=drift, metrics=metrics, crops="detected")
+    assert evaluate(config) == 0
+    scores = table(tmp_path / "out")
+    assert set(scores[scores.part == "class"].method) == {"ours", "plain base"}
+    assert set(scores[scores.part == "class"].prompt) == {"a cat", "a dog"}
+    shown = scores[scores.part != "class"]
+    for name in ("clip_t", "clip_i", "clip_i_all", "clip_i_crop", "dino", "dino_all", "dino_crop", "copy"):
+        assert shown[name].notna().all(), name
+    assert shown.loc[shown.part == "single", "diversity"].notna().all()
+    told = (tmp_path / "out" / "report.md").read_text()
+    assert "CLIP-T" in told and "KID" in told
+    capsys.readouterr()
 
 
 def test_only_and_limit_draw_a_part_and_the_rest_follows_later(write: Write, tmp_path: Path) -> None:
