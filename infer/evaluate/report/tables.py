@@ -18,7 +18,8 @@ from infer.evaluate.report import wording
 from infer.evaluate.results import MethodFacts, Results
 
 PARTS = {"single": "One subject", "pair": "Two subjects"}
-COLOURS, SHAPES, BOUND_SHAPES = 8, ("circle", "square", "triangle"), ("diamond", "triangle", "square", "cross")
+COLOURS, SHAPES = 8, ("circle", "square", "triangle")
+BOUND_SHAPES = ("diamond", "triangle", "square", "cross", "wedge")
 
 
 @dataclass(frozen=True)
