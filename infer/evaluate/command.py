@@ -80,6 +80,7 @@ def _evaluate(run: EvaluateSettings, options: argparse.Namespace) -> int:
         told += f"; about {estimate(plan, processes):.2g} hours on {processes} process(es)"
     print(told, flush=True)
     if options.dry_run:
+        _tell(plan.protocol.holes)
         return 0
     write_settings(run, open_output_folder(run.output) / "settings.yaml")
     holes = [] if options.report else execute(plan, scope, processes, missing)
@@ -90,9 +91,13 @@ def _evaluate(run: EvaluateSettings, options: argparse.Namespace) -> int:
         from infer.evaluate.human import write_kit
 
         print(write_kit(results, run.output / "human", pairs=options.human, methods=scope.only or None))
-    for hole in results.holes:
-        print(f"hole: {hole}")
+    _tell(results.holes)
     return 1 if results.holes else 0
+
+
+def _tell(holes: Sequence[str]) -> None:
+    for hole in holes:
+        print(f"hole: {hole}")
 
 
 def _check_installed() -> None:
