@@ -45,7 +45,8 @@ def _parser() -> CommandParser:
     add("--config", action="append", type=Path, required=True, help="YAML file; may be repeated, later wins")
     add(
         "--only",
-        default="",
+        action="append",
+        default=[],
         metavar="METHOD,…",
         help="only these methods and their sweeps; with --human: who is compared",
     )
@@ -71,7 +72,9 @@ def _evaluate(run: EvaluateSettings, options: argparse.Namespace) -> int:
     from infer.picture_file import open_output_folder
 
     hush_libraries()
-    scope = Scope(tuple(name for name in options.only.split(",") if name), options.limit)
+    # A method's own name may hold a comma.
+    only = [name for text in options.only for name in ([text] if text in run.methods else text.split(","))]
+    scope = Scope(tuple(only), options.limit)
     plan = Plan.of(run, scope)
     asked, missing = missing_pictures(plan)
     processes = process_count(run)

@@ -183,6 +183,12 @@ def test_only_and_limit_draw_a_part_and_the_rest_follows_later(write: Write, tmp
     pandas.testing.assert_frame_equal(table(tmp_path / "out"), table(tmp_path / "whole"))
 
 
+def test_a_method_whose_name_holds_a_comma_can_be_asked_for(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = {"real, as it is": {"kind": "real_render"}, "copied": {"kind": "copied_reference"}}
+    assert evaluate(write("out", methods=methods), "--only", "real, as it is", "--dry-run") == 0
+    assert capsys.readouterr().out.startswith("evaluate tiny: 1 rows, 8 pictures")
+
+
 def test_a_dry_run_writes_nothing(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(write("out"), "--dry-run") == 0
     assert "hours on 1 process" in capsys.readouterr().out and not (tmp_path / "out").exists()
