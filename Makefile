@@ -2,6 +2,8 @@
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 STAMP  := $(VENV)/installed
+# Needs torch while it is built and asks for a desktop OpenCV: installed last, without what it asks for.
+GROUNDING := groundingdino-py==0.4.0 supervision==0.6.0
 RUN    := $(VENV)/bin/subject-diffusion
 
 # Threads that wait by spinning make small tensors ten times slower on a machine that is busy with something else.
@@ -13,7 +15,9 @@ demo test test-slow: export OMP_WAIT_POLICY ?= passive
 $(STAMP): setup.cfg pyproject.toml
 	@$(PYTHON) -m pip --version >/dev/null 2>&1 || python3 -m venv $(VENV)
 	@echo "installing into $(VENV): some minutes, once"
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[evaluate,test]"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[data,evaluate,ray,test]"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check addict matplotlib timm yapf
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps $(GROUNDING)
 	@touch $(STAMP)
 
 demo: $(STAMP)

@@ -98,8 +98,12 @@ def _checked(cls: type[SettingsType], merged: dict[str, Any], origin: dict[str, 
 
 def write_settings(settings: Settings, path: Path) -> None:
     """Write the resolved settings as YAML; loading the file gives equal settings."""
-    text = yaml.dump(settings.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(settings_text(settings), encoding="utf-8")
+
+
+def settings_text(settings: Settings) -> str:
+    """The resolved settings as YAML."""
+    return yaml.dump(settings.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -140,29 +144,56 @@ def _mark(value: dict[str, Any], origin: dict[str, str], source: str, prefix: st
 def _explain(cls: type[Settings], error: ValidationError, origin: dict[str, str]) -> str:
     """The first problem as one line: where it was said, which key, what was expected."""
     first = error.errors()[0]
-    names = [str(part) for part in first["loc"]]
+    names, known = _keys_on_the_way(cls, first["loc"])
     key = ".".join(names)
     given = [".".join(names[:length]) for length in range(len(names), 0, -1)]
     source = next((origin[prefix] for prefix in given if prefix in origin), "the settings")
     if first["type"] == "extra_forbidden":
-        known = _known_keys(cls, names[:-1])
         near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.0)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
         return f"{source}: unknown key {key}; {hint}"
     if first["type"] == "missing":
         return f"{key}: missing; give it in a --config file or as {key}=value"
+    if first["type"] == "union_tag_invalid":
+        context = first["ctx"]
+        tag = context["discriminator"].strip("'")
+        return f"{source}: {key}.{tag}={context['tag']!r}: expected one of {context['expected_tags']}"
+    if first["type"] == "union_tag_not_found":
+        return f"{key}.{first['ctx']['discriminator'].strip(chr(39))}: missing; it says which {key} is meant"
     return f"{source}: {key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _known_keys(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
-    for part in path:
-        field = cls.model_fields.get(part)
-        options = [field.annotation, *get_args(field.annotation)] if field else []
-        inner = next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
-        if inner is None:
-            return []
-        cls = inner
-    return list(cls.model_fields)
+def _keys_on_the_way(cls: type[BaseModel], location: Sequence[int | str]) -> tuple[list[str], list[str]]:
+    """The keys of a location as people write them, and those that its last section knows.
+
+    Where a section is one of several classes, pydantic puts the tag of the class into the location: it is left out.
+    """
+    options: list[type[BaseModel]] = [cls]
+    names: list[str] = []
+    known: list[str] = []
+    for part in location:
+        tagged = [option for option in options if _has_tag(option, part)] if len(options) > 1 else []
+        if tagged:
+            options = tagged
+            continue
+        names.append(str(part))
+        known = list(dict.fromkeys(name for option in options for name in option.model_fields))
+        fields = [option.model_fields[part] for option in options if part in option.model_fields]
+        if fields or not isinstance(part, int):  # a number is a place in a list of the same sections
+            options = [inner for field in fields for inner in _sections(field.annotation)]
+    return names, known
+
+
+def _has_tag(option: type[BaseModel], tag: int | str) -> bool:
+    """Whether one of the class's keys can only be `tag`."""
+    return any(get_args(field.annotation) == (tag,) for field in option.model_fields.values())
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The settings classes that a type may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections(inner)]
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ from data_pipeline.errors import run_command
 
 # Name -> module with `main(argv) -> int`, and a line of help. Modules load when called, so that help is quick.
 COMMANDS = {
+    "data": ("data_pipeline.command", "build a dataset: pictures in, captioned, detected, segmented shards out"),
     "train": ("train.command", "train one model from a configuration; resumes by itself"),
     "generate": ("infer.generate", "draw pictures of given subjects"),
     "evaluate": ("infer.evaluate.command", "compare methods under one protocol, write the report"),

@@ -2,8 +2,8 @@
 
     python scripts/export_toybox.py --runs ~/.cache/subject-diffusion/runs/toybox
 
-The base is saved whole, the subject model as its trained parts, the judges for `scripts/bench_toybox.py`; the total
-must stay under 24 MB.
+The base is saved whole, the subject model as its trained parts, the judges for `scripts/bench_toybox.py`, the CLIP of
+the data pipeline's detector as its own tensors; the total must stay under 24 MB.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from data_pipeline.stages.detect.clip_folder import PARTS
 from data_pipeline.toybox.archive import SubjectArchive
 from train.model_card import replace_section
+from train.tasks.region_clip import write_parts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHTS = REPOSITORY / "model" / "weights" / "toybox"
@@ -44,7 +46,7 @@ def forget_origin(folder: Path) -> None:
 
 
 def export_weights(runs: Path, target: Path) -> None:
-    """Replace `target` by the exports of the runs base, subject and judges."""
+    """Replace `target` by the exports of the runs base, subject, judges and region_clip."""
     shutil.rmtree(target, ignore_errors=True)
     pipeline = StableDiffusionPipeline.from_pretrained(runs / "base" / "export", dtype=torch.float16)
     pipeline.save_pretrained(target / "base")
@@ -52,9 +54,32 @@ def export_weights(runs: Path, target: Path) -> None:
     shutil.copytree(runs / "subject" / "export", target / "subject")
     for judge in ("identity", "segment"):
         shutil.copytree(runs / f"judge_{judge}" / "export", target / "judges" / judge)
-    for folder in ("subject", "judges"):
+    shutil.copytree(runs / "region_clip" / "export", target / "region_clip")
+    for folder in ("subject", "judges", "region_clip"):
         for file in sorted((target / folder).rglob("*.safetensors")):
             halve(file)
+    join_region_clip(target)
+
+
+def join_region_clip(target: Path) -> None:
+    """Let the CLIP of regions take its towers from the folders beside it, if they are those it was trained on."""
+    folder = target / "region_clip"
+    trained_on = read_parts(folder)
+    write_parts(
+        folder, target / "subject" / "image_encoder", target / "base" / "text_encoder", target / "base" / "tokenizer"
+    )
+    for name, part in read_parts(folder).items():
+        if part["fingerprint"] != trained_on[name]["fingerprint"]:
+            raise SystemExit(
+                f"error: region_clip was trained on another {name} tower than {folder / part['folder']} holds; "
+                "train it again: subject-diffusion train --config configs/train/toybox/region_clip.yaml"
+            )
+
+
+def read_parts(folder: Path) -> dict[str, dict[str, str]]:
+    """The two towers that `parts.json` names."""
+    parts = json.loads((folder / PARTS).read_text())
+    return {name: parts[name] for name in ("image", "text")}
 
 
 def complete_card(card: Path) -> None:

@@ -24,11 +24,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data_pipeline.toybox.world import ToyboxEntity, ToyboxScene, ToyboxWorld
+from data_pipeline.toybox.world import ToyboxEntity, ToyboxScene
 from model.image_encoder import SubjectImageEncoder
 from model.reference import prepare_reference
-from train.scenes import SceneDataset, as_tensor, make_world
+from train.scenes import SceneDataset, as_tensor, open_world
 from train.settings import DataSettings
+from train.shard_scenes import ShardEntity, ShardScene
+
+Scene = ToyboxScene | ShardScene
 
 CHUNK = 500  # scenes a file
 GROUP = 64  # scenes with like numbers of subjects that stand together
@@ -43,7 +46,7 @@ class EncodedScene:
     latents: Tensor  # (C, h, w) scaled
     caption: str
     nouns: tuple[str, ...]
-    spans: tuple[tuple[int, int], ...]  # characters of the caption
+    spans: tuple[tuple[int, int] | None, ...]  # characters of the caption; None: not named there
     boxes: Tensor  # (S, 4) xyxy fractions
     masks: Tensor  # (S, MASK_SIZE, MASK_SIZE) 0..1, share of each cell that is the entity
     pooled: Tensor  # (R, P) of all references of all entities, in order
@@ -51,7 +54,7 @@ class EncodedScene:
     reference_counts: tuple[int, ...]  # references of each entity, sums to R
 
 
-def same_image_reference(scene: ToyboxScene, entity: ToyboxEntity) -> np.ndarray:
+def same_image_reference(scene: Scene, entity: ToyboxEntity | ShardEntity) -> np.ndarray:
     """The entity cut out of the target picture itself: (h, w, 4) RGBA uint8."""
     x0, y0, x1, y1 = (round(value) for value in entity.box_xyxy_px)
     rgba = np.dstack([scene.image, entity.mask.astype(np.uint8) * 255])
@@ -67,7 +70,7 @@ class SceneEncoder:
         self.vae, self.image_encoder = vae.to(device).eval(), image_encoder.to(device).eval()
         self.device, self.same_image = device, same_image
 
-    def prepare(self, scene: ToyboxScene) -> tuple[ToyboxScene, list[Tensor]]:
+    def prepare(self, scene: Scene) -> tuple[Scene, list[Tensor]]:
         """References as the image tower takes them; runs in the rendering processes."""
         size = self.image_encoder.image_size
         cutouts: list[tuple[np.ndarray, np.ndarray | None]]
@@ -78,7 +81,7 @@ class SceneEncoder:
         return scene, [prepare_reference(cutout, size, background) for cutout, background in cutouts]
 
     @torch.no_grad()
-    def encode(self, prepared: list[tuple[ToyboxScene, list[Tensor]]]) -> list[EncodedScene]:
+    def encode(self, prepared: list[tuple[Scene, list[Tensor]]]) -> list[EncodedScene]:
         pictures = torch.stack([as_tensor(scene.image) for scene, _ in prepared]).to(self.device) * 2 - 1
         latents = self.vae.encode(pictures).latent_dist.mean * self.vae.config.scaling_factor
         references = [picture for _, pictures in prepared for picture in pictures]
@@ -96,7 +99,7 @@ class SceneEncoder:
             start = end
         return encoded
 
-    def _scene(self, scene: ToyboxScene, latents: Tensor, pooled: Tensor, patches: Tensor) -> EncodedScene:
+    def _scene(self, scene: Scene, latents: Tensor, pooled: Tensor, patches: Tensor) -> EncodedScene:
         size = scene.image.shape[0]
         masks = [torch.from_numpy(e.mask.astype(np.float32)) for e in scene.entities]
         stacked = torch.stack(masks)[:, None] if masks else torch.zeros(0, 1, size, size)
@@ -138,7 +141,7 @@ class CachedScenes(Dataset[EncodedScene]):
         shuffle: bool = True,
     ) -> None:
         self.data, self.encoder, self.shuffle = data, encoder, shuffle
-        world: ToyboxWorld = make_world(data, split=split)
+        world = open_world(data, split=split, need_references=not encoder.same_image)
         self.scenes = SceneDataset(world, encoder.prepare)
         self.folder = folder / f"cache-{self._fingerprint(split)}"
         self.pool, self.pool_number = [], -1  # type: list[EncodedScene], int
@@ -237,7 +240,7 @@ def read_scenes(path: Path) -> list[EncodedScene]:
                 latents,
                 caption,
                 tuple(nouns),
-                tuple((a, b) for a, b in spans),
+                tuple(tuple(span) if span else None for span in spans),
                 tensors["boxes"][entity:entities],
                 tensors["masks"][entity:entities],
                 tensors["pooled"][reference:references],

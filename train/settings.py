@@ -12,12 +12,13 @@ from pydantic import Field
 
 from data_pipeline.settings import Settings, load_settings
 
-TaskName = Literal["vae", "clip", "base", "subject", "judge_identity", "judge_segment"]
+TaskName = Literal["vae", "clip", "base", "subject", "judge_identity", "judge_segment", "region_clip"]
 
 
 class DataSettings(Settings):
-    """Toybox scenes, rendered on the fly; sample i of a seed is always the same scene."""
+    """Toybox scenes, rendered on the fly, or shards; sample i of a seed is always the same scene."""
 
+    shards: str | None = None  # folder of the dataset builder's shards, tasks base and subject; null: toybox scenes
     split: Literal["train", "val"] = "train"
     seed: int = 0
     size: int = Field(64, ge=16)  # pixels, width and height

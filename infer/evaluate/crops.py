@@ -1,9 +1,9 @@
 """Where the subjects of a picture stand, and how much each of them there looks like itself.
 
 A picture may please a whole-picture score by showing one of two subjects well; its crops tell. The places are those
-that were asked for, or what an open-vocabulary detector finds (Grounding DINO, Liu et al., ECCV 2024): of each phrase
-the mean over its own tokens' scores, one box a subject (Hungarian assignment). A subject that is not found scores 0;
-the picture scores as its worst subject.
+that were asked for, or what an open-vocabulary detector finds (Grounding DINO, Liu et al., ECCV 2024): phrases are
+scored by the mean over their own tokens, as in the dataset builder, and each subject gets one box (Hungarian
+assignment). A subject that is not found scores 0; the picture scores as its worst subject.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, nms
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
+from data_pipeline.stages.detect.chunk_scores import clean_phrase, phrase_text, score_chunks, token_indices
 from infer.drawing import usable_device
 from infer.evaluate.backbones import Backbone, are_the_same, load_network, located, only_local
 from infer.evaluate.metrics import Drawn
@@ -67,6 +68,8 @@ class DetectedPlaces:
         with one_line_errors(f"backbones.detector={source}"):
             place = located(source, "detector")
             self.processor = AutoProcessor.from_pretrained(place, local_files_only=only_local(place))
+        # each phrase sees itself alone by a mask of truth values, which "eager" would add to the logits as 0 and 1
+        self.model.model.text_backbone.set_attn_implementation("sdpa")
         self._last: tuple[tuple[Drawn, ...], list[Places | None]] = (), []
 
     def find(self, drawn: Sequence[Drawn]) -> list[Places | None]:
@@ -96,14 +99,15 @@ class DetectedPlaces:
     @torch.no_grad()
     def detect(self, pictures: Sequence[Image.Image], phrases: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         """In each picture all boxes (Q, 4), xyxy as fractions, and the score of each phrase there (Q, P), 0..1."""
-        text = " ".join(f"{phrase}." for phrase in phrases)
-        tokens = self.processor.tokenizer([text] * len(pictures), return_offsets_mapping=True, return_tensors="pt")
-        spans = token_spans(phrases, tokens.pop("offset_mapping")[0])
+        asked = phrase_text(phrases, self.processor.tokenizer, self.model.config.max_text_len)
+        texts = [asked.text] * len(pictures)
+        tokens = self.processor.tokenizer(texts, return_offsets_mapping=True, return_tensors="pt")
+        own = token_indices(asked.spans, tokens.pop("offset_mapping")[0].tolist())
+        indices = [own[slot] if slot is not None else [] for slot in asked.slots]  # of each phrase
         pixels = self.processor.image_processor([picture.convert("RGB") for picture in pictures], return_tensors="pt")
         output = self.model(**tokens.to(self.device), **pixels.to(self.device))
-        scores = output.logits.sigmoid().float().cpu()  # (N, Q, L)
         boxes = box_convert(output.pred_boxes.float().cpu(), "cxcywh", "xyxy").clamp(0, 1)  # (N, Q, 4)
-        by_phrase = torch.stack([scores[..., own].mean(dim=-1) for own in spans], dim=-1)  # (N, Q, P)
+        by_phrase = [score_chunks(logits, indices)[1] for logits in output.logits.cpu()]  # N of (Q, P)
         return list(zip(boxes, by_phrase, strict=True))
 
 
@@ -125,25 +129,7 @@ def load_finder(settings: EvaluateSettings) -> Finder | None:
 
 def phrases_of(words: Sequence[str]) -> list[str]:
     """What to look for: each word once, as the detector was trained to read it."""
-    return list(dict.fromkeys(_phrase(word) for word in words))
-
-
-def _phrase(word: str) -> str:
-    return " ".join(word.lower().replace(".", " ").split())
-
-
-def token_spans(phrases: Sequence[str], offsets: Tensor) -> list[list[int]]:
-    """Indices of each phrase's tokens in the text that names them in turn, each with a full stop and a space after it.
-
-    Args:
-        offsets: (L, 2) first and last character of each token; 0, 0 where it stands for none.
-    """
-    spans, start = [], 0
-    for phrase in phrases:
-        end = start + len(phrase)
-        spans.append([i for i, (a, b) in enumerate(offsets.tolist()) if start <= a < b <= end])
-        start = end + 2
-    return spans
+    return list(dict.fromkeys(clean_phrase(word) for word in words))
 
 
 def place_subjects(boxes: Tensor, scores: Tensor, words: Sequence[str]) -> Places:
@@ -155,7 +141,7 @@ def place_subjects(boxes: Tensor, scores: Tensor, words: Sequence[str]) -> Place
         words: one a subject.
     """
     phrases = phrases_of(words)
-    slots = [phrases.index(_phrase(word)) for word in words]
+    slots = [phrases.index(clean_phrase(word)) for word in words]
     best = scores.amax(dim=1)  # (Q,)
     kept = nms(boxes, best, OVERLAP)  # of several boxes around one thing the best, whatever it is called
     kept = kept[best[kept] >= THRESHOLD]

@@ -39,6 +39,7 @@ TASKS = {
     "subject": "SubjectTask",
     "judge_identity": "IdentityJudgeTask",
     "judge_segment": "SegmentJudgeTask",
+    "region_clip": "RegionClipTask",
 }
 
 

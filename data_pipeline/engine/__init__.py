@@ -1,0 +1,1 @@
+"""Runs the build: units of a source through the stages into shards, restartable, on one machine or many."""

@@ -1,0 +1,1 @@
+"""Fetching pictures by URL: img2dataset in an environment of its own, under our guard."""

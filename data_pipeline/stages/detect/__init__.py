@@ -1,0 +1,1 @@
+"""Where the things stand that a caption names: candidate boxes, and how well each noun chunk fits each of them."""

@@ -1,0 +1,1 @@
+"""Backends that find the noun phrases of a caption."""
