@@ -1,7 +1,7 @@
 """How fast the dataset builder is: pictures a second by stage and whole, against one picture at a time; and its memory.
 
     python scripts/bench_pipeline.py                                                # configs/data/toybox.yaml
-    python scripts/bench_pipeline.py --config configs/data/toybox.yaml --config configs/data/models.yaml   # on a GPU
+    python scripts/bench_pipeline.py --config configs/data/folder.yaml source.path=PHOTOS  # real models
     python scripts/bench_pipeline.py --memory 10000                                 # one unit of 10,000 pictures
 
 The plain loop runs the same models over the same pictures, one after the other: read, decode, every stage, write, with
@@ -118,6 +118,7 @@ def memory(pictures: int) -> None:
             f"source.scenes={pictures}",
             f"source.shard_size={pictures}",
             "source.size=128",
+            "source.procedural_share=0",  # the renderer keeps what it made up, which would look like growth
         ]
         command = [
             sys.executable,

@@ -32,8 +32,8 @@ from data_pipeline.record import Drop
 from data_pipeline.rules import RuleSettings, box_iou, keep_boxes
 from data_pipeline.settings import load_settings
 from data_pipeline.sources.toybox_scenes import ToyboxSource
-from data_pipeline.stages import NounChunk
-from data_pipeline.stages.detect.clip_proposals import ClipProposalsSettings
+from data_pipeline.stages import NounChunk, Segmenter
+from data_pipeline.stages.detect.clip_proposals import ClipProposalDetector, ClipProposalsSettings
 from data_pipeline.stages.detect.region_proposals import propose_boxes
 from data_pipeline.toybox.world import ToyboxEntity, ToyboxScene
 
@@ -141,37 +141,35 @@ def noun_recall(chunks: Sequence[Sequence[NounChunk]], truths: Truths) -> float:
     )
 
 
-def bounds(
-    detect: ClipProposalsSettings,
-    rules: RuleSettings,
-    items: Sequence[Item],
-    steps: Sequence[Any],
-    scenes: Sequence[ToyboxScene],
-) -> dict[str, Score]:
-    """Scores by name of what is put in the place of a part: proposed boxes named by the truth; true boxes, detected.
+def named_by_truth(scene: ToyboxScene, limit: int) -> list[Place]:
+    """The nearest of the proposed boxes for every thing: no detector on these proposals finds more."""
+    boxes, _ = propose_boxes(scene.image, limit)
+    places = []
+    for thing in scene.entities if len(boxes) else ():
+        nearest = boxes[box_iou(np.asarray(thing.box_xyxy_px), boxes).argmax()]
+        places.append(Place(thing.noun, thing.noun, None, tuple(nearest.tolist()), 1.0))
+    return places
 
-    The segmenter runs after both, so that masks are compared, too.
-    """
-    detector, segment = steps[-2].detector, steps[-1]
-    found: dict[str, list[list[Place]]] = {"proposals, named by the truth": [], "true boxes, named by the detector": []}
-    for item, scene in zip(items, scenes, strict=True):
-        boxes, _ = propose_boxes(scene.image, detect.proposals)
-        nearest = [box_iou(np.asarray(thing.box_xyxy_px), boxes) for thing in scene.entities]
-        named = [
-            (thing.noun, boxes[ious.argmax()], 1.0)
-            for thing, ious in zip(scene.entities, nearest, strict=True)
-            if len(ious)
-        ]
-        truth = np.asarray([thing.box_xyxy_px for thing in scene.entities], np.float32).reshape(-1, 4)
-        told = detector.score_boxes([scene.image], [truth], [np.ones(len(truth), np.float32)], [item.chunks])[0]
-        kept = [(item.chunks[box.chunk].text, box.box_xyxy_px, box.score) for box in keep_boxes(told, rules)]
-        for places, entries in zip(found.values(), (named, kept), strict=True):
-            masks = (
-                segment.segmenter.segment([scene.image], [[tuple(box) for _, box, _ in entries]])[0] if entries else []
-            )
-            places.append([Place(n, n, None, tuple(b), s, m) for (n, b, s), m in zip(entries, masks, strict=True)])
-    truths = [scene.entities for scene in scenes]
-    return {name: score(places, truths) for name, places in found.items()}
+
+def named_by_detector(
+    scene: ToyboxScene, chunks: Sequence[NounChunk], detector: ClipProposalDetector, rules: RuleSettings
+) -> list[Place]:
+    """The true boxes, given to the chunks by the detector."""
+    boxes = np.asarray([thing.box_xyxy_px for thing in scene.entities], np.float32).reshape(-1, 4)
+    told = detector.score_boxes([scene.image], [boxes], [np.ones(len(boxes), np.float32)], [chunks])[0]
+    return [
+        Place(chunks[box.chunk].noun, chunks[box.chunk].text, None, box.box_xyxy_px, box.score)
+        for box in keep_boxes(told, rules)
+    ]
+
+
+def cut_out(scene: ToyboxScene, places: Sequence[Place], segmenter: Segmenter) -> Sequence[Place]:
+    """The places with masks."""
+    if places:
+        masks = segmenter.segment([scene.image], [[place.box_xyxy_px for place in places]])[0]
+        for place, mask in zip(places, masks, strict=True):
+            place.mask = mask
+    return places
 
 
 def verdict(whole: Score) -> str:
@@ -216,11 +214,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"{len(scenes)} scenes of split {options.split}, {sum(map(len, truths))} things, {seconds:.1f} s in the stages"
     )
-    rows = {
-        "all stages": whole,
-        **bounds(detect, settings.rules, items, steps, scenes),
-        "all stages, truth of the next scene": score(found_places(items), truths[1:] + truths[:1]),
-    }
+    detector, segmenter = steps[-2].detector, steps[-1].segmenter
+    named = [named_by_truth(scene, detect.proposals) for scene in scenes]
+    told = [
+        named_by_detector(scene, item.chunks, detector, settings.rules)
+        for scene, item in zip(scenes, items, strict=True)
+    ]
+    rows = {"all stages": whole}
+    for name, bound in (("proposals, named by the truth", named), ("true boxes, named by the detector", told)):
+        masked = [cut_out(scene, places, segmenter) for scene, places in zip(scenes, bound, strict=True)]
+        rows[name] = score(masked, truths)
+    rows["all stages, truth of the next scene"] = score(found_places(items), truths[1:] + truths[:1])
     for name, row in rows.items():
         print(f"{name:36s} {row.line()}")
     print(f"things whose noun was found: {noun_recall([item.chunks for item in items], truths):.3f}")

@@ -132,13 +132,15 @@ def _write_pages(output: Output) -> None:
 
 
 def dry_run(settings: DataSettings) -> str:
-    """What a build would take: shards, bytes, hours, money; nothing is loaded, fetched or written."""
+    """What a build would take: shards, bytes, hours, money. No model is loaded, no picture fetched, no shard written."""
     from data_pipeline.engine.costs import estimate
 
     output = Output(settings)
     source = settings.source.open()
     units = _own(source.units(), settings)
     todo = output.todo(units)
+    if not todo:
+        return f"{settings.output}: all {len(units)} shards are built"
     counted: Mapping[bool, int] = Counter(unit.count is None for unit in todo)
     pictures = sum(unit.count or 0 for unit in todo)
     lines = [f"{settings.output}: {len(todo)} of {len(units)} shards to build, {pictures:,} pictures"]

@@ -47,7 +47,7 @@ TRAINED = re.compile(
 SHOWS_IOU, SHOWS_NOT_IOU = 0.6, 0.5  # of a box with a thing's: from here on it shows it, below here it does not
 JITTERS = (0.0, 0.08, 0.2)  # of the true boxes that are learnt from beside the proposed ones, shares of their sides
 MOST_SHOWING, MOST_EMPTY = 6, 8  # boxes of a scene that are learnt from
-NOTHING = -1  # key of the texts that no box may belong to
+NOTHING, PLACE = -1, -2  # keys of texts: what boxes without a thing belong to; what no box belongs to
 _SYLLABLES = "ba ko ri ten lu mar sho pi gan del fro ket wim zo nar ble cus tri hap oon".split()
 _COLOURED = re.compile(rf"(?:(?:{'|'.join(COLOURS)}) )?$")
 
@@ -57,7 +57,7 @@ class Phrases:
     """The texts that a scene's boxes are scored against."""
 
     texts: list[str]
-    keys: list[int]  # of a text: which noun it names, NOTHING for places
+    keys: list[int]  # of a text: which noun it names, or PLACE
     of_entity: list[int]  # key of each entity
 
 
@@ -82,7 +82,7 @@ def phrases_of(scene: ToyboxScene, renamed: float, generator: np.random.Generato
         if phrase in scene.caption:
             place = re.sub(r"^(?:on|in front of|in|at|under|by|among) (?:the |a )?", "", phrase)
             texts.append(place.removesuffix(" at dusk"))
-            keys.append(NOTHING)
+            keys.append(PLACE)
     return Phrases(texts, keys, of_entity)
 
 
@@ -92,7 +92,7 @@ class Regions:
 
     tokens: Tensor  # (N, T, W) fp16, before the image tower's last block
     texts: Tensor  # (C, W) before the text tower's last norm
-    keys: Tensor  # (C,) which noun a text names, NOTHING for places and negatives
+    keys: Tensor  # (C,) which noun a text names; PLACE; NOTHING for negatives
     shown: Tensor  # (N,) which noun a box shows, or NOTHING
 
 
@@ -160,7 +160,10 @@ class RegionHeads(nn.Module):
 
 
 def by_noun(logits: Tensor, keys: Tensor) -> Tensor:
-    """Logits of texts (N, C) -> log-probabilities (N, K + 1) of the nouns they name, none the last."""
+    """Logits of texts (N, C) -> log-probabilities (N, K + 1) of the nouns they name, none the last.
+
+    What is left of 1 belongs to places: a patch of carpet shows carpet, but no thing that could be drawn elsewhere.
+    """
     chances = logits.log_softmax(dim=1)
     nouns = [*range(int(keys.max()) + 1), NOTHING]
     return torch.stack([chances[:, keys == noun].logsumexp(dim=1) for noun in nouns], dim=1)

@@ -17,6 +17,7 @@ from data_pipeline.stages import NounChunk
 from data_pipeline.stages.detect.region_proposals import pairwise_intersection
 
 STEEPNESS = 14.0  # of a relation: a tenth of the picture the wrong way costs a factor of four
+RELIABLE = 0.9  # share of what a caption says of places that is meant and read rightly
 MIDDLE = 0.15  # spread of "in the middle", share of the picture
 BEAM = 48  # placements of a picture that are followed
 CHOICES = 8  # best boxes of a phrase that are tried
@@ -61,16 +62,20 @@ def read_places(chunks: Sequence[NounChunk]) -> Said:
 
 
 def place_score(place: str, centres: np.ndarray) -> np.ndarray:
-    """Log-likelihood (N,) of a place word for box centres (N, 2), shares of the picture."""
+    """How much likelier than by chance a place word is said of box centres (N, 2), shares of the picture: log, (N,)."""
     offset = centres - 0.5
     if place in _SIDES:
         return relation_score(_SIDES[place], offset)
-    return -((np.abs(offset).max(axis=-1) / MIDDLE) ** 2) / 2
+    return _softened(2 * np.exp(-((np.abs(offset).max(axis=-1) / MIDDLE) ** 2) / 2))
 
 
 def relation_score(direction: Direction, offset: np.ndarray) -> np.ndarray:
-    """Log-likelihood (…) of things being `direction` of others that they are `offset` (…, 2) away from."""
-    return -np.logaddexp(0, -STEEPNESS * (offset * direction).sum(axis=-1))
+    """How much likelier than by chance things `offset` (…, 2) from others are said to be `direction` of them: log."""
+    return _softened(2 / (1 + np.exp(-STEEPNESS * (offset * direction).sum(axis=-1))))
+
+
+def _softened(ratio: np.ndarray) -> np.ndarray:
+    return np.log(RELIABLE * ratio + 1 - RELIABLE)
 
 
 def is_plural(chunk: NounChunk) -> bool:
@@ -99,7 +104,7 @@ def place_chunks(
     covered = pairwise_intersection(boxes, boxes) / np.maximum(np.minimum(areas[:, None], areas), 1e-9)  # (Q, Q)
     gains = np.log(np.maximum(scores, 1e-6) / least)  # (Q, C)
     for chunk, place in said.places.items():
-        gains[:, chunk] += place_score(place, centres) + np.log(2)
+        gains[:, chunk] += place_score(place, centres)
     beam: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     for chunk in range(len(chunks)):
         able = np.flatnonzero(scores[:, chunk] >= least)
@@ -112,7 +117,7 @@ def place_chunks(
                 gain = gains[box, chunk]
                 direction = said.relations.get(chunk - 1)
                 if direction and placed[-1] >= 0:
-                    gain += relation_score(direction, centres[placed[-1]] - centres[box]) + np.log(2)
+                    gain += relation_score(direction, centres[placed[-1]] - centres[box])
                 grown.append((total + float(gain), (*placed, box)))
         beam = sorted(grown, key=lambda entry: -entry[0])[:BEAM]
     pairs = [(box, chunk) for chunk, box in enumerate(beam[0][1]) if box >= 0]

@@ -89,7 +89,7 @@ class SpacyNounFinder:
 
 
 def _with_following(chunks: Sequence[NounChunk], caption: str) -> tuple[NounChunk, ...]:
-    ends = [*(chunk.span[0] for chunk in chunks[1:]), len(caption)]
+    ends = [*(chunk.span[0] for chunk in chunks[1:]), len(caption)][: len(chunks)]
     return tuple(
         replace(chunk, following=caption[chunk.span[1] : end]) for chunk, end in zip(chunks, ends, strict=True)
     )

@@ -13,7 +13,14 @@ from data_pipeline.build_settings import DataSettings
 from data_pipeline.settings import load_settings
 
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "data" / "toybox_pairs.yaml"
-SMALL = ("source.scenes=24", "source.shard_size=6", "source.size=64", "source.split=val", "rules.min_longer_side_px=64")
+SMALL = (
+    "source.scenes=24",
+    "source.min_subjects=0",
+    "source.shard_size=6",
+    "source.size=64",
+    "source.split=val",
+    "rules.min_longer_side_px=64",
+)
 QUICK = ("gallery=0", "engine.window=4", "engine.prefetch=4", "engine.decoders=1", "engine.threads=1")
 
 

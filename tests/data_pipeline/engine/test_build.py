@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from data_pipeline.build_settings import DataSettings
 from data_pipeline.engine.build import build, dry_run
 from data_pipeline.errors import UserError
+from data_pipeline.settings import load_settings, settings_text
 from data_pipeline.shards.reader import decode_sample, list_shards, read_shard
 from data_pipeline.shards.verify import verify
 from data_pipeline.toybox.world import ToyboxWorld
-from tests.data_pipeline.engine.builds import files_of, small_settings
+from tests.data_pipeline.engine.builds import CONFIG, files_of, small_settings
 
 
 def samples_of(folder: Path) -> list:
@@ -129,3 +132,24 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"engine.device=cuda:7: torch sees \d+ CUDA devices"):
         build(small_settings(tmp_path / "none", "engine.device=cuda:7"))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIG.parent.glob("*.yaml")))
+def test_every_shipped_configuration_loads(name: str) -> None:
+    load_settings(DataSettings, [CONFIG.parent / name], [])
+
+
+def test_the_configuration_for_laion_names_every_key() -> None:
+    path = CONFIG.parent / "laion.yaml"
+    told = yaml.safe_load(path.read_text())
+    known = yaml.safe_load(settings_text(load_settings(DataSettings, [path], [])))
+    known["stages"]["nouns"].pop("ignore")  # 150 words
+
+    def keys(section: dict, prefix: str = "") -> set[str]:
+        return {
+            name
+            for key, value in section.items()
+            for name in ({prefix + key} | (keys(value, f"{prefix}{key}.") if isinstance(value, dict) else set()))
+        }
+
+    assert keys(told) == keys(known)
