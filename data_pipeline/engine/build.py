@@ -132,7 +132,7 @@ def _write_pages(output: Output) -> None:
 
 
 def dry_run(settings: DataSettings) -> str:
-    """What a build would take: shards, bytes, hours, money. No model is loaded, no picture fetched, no shard written."""
+    """What a build would take: shards, bytes, hours, money. No model is loaded, no picture fetched, nothing built."""
     from data_pipeline.engine.costs import estimate
 
     output = Output(settings)
