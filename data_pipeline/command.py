@@ -1,4 +1,4 @@
-"""`subject-diffusion data`: pictures in, grounded shards out; `data verify` and `data pages` look at what came out.
+"""`subject-diffusion data`: pictures in, grounded shards out; `verify`, `pages`, `remove` work on what came out.
 
 subject-diffusion data --config configs/data/toybox.yaml output=outputs/data/toybox
 subject-diffusion data --config configs/data/laion.yaml output=s3://bucket/shards engine.slice=3/16
@@ -18,9 +18,9 @@ from data_pipeline.errors import CommandParser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `data`, `data verify` or `data pages`; returns the exit status."""
+    """Run `data`, or one of the commands under it; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"verify": _verify, "pages": _pages}
+    commands = {"verify": _verify, "pages": _pages, "remove": _remove}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     return _build(arguments)
@@ -70,4 +70,18 @@ def _pages(argv: Sequence[str]) -> int:
         write_gallery(options.folder, limit=options.limit, seed=options.draw),
     ):
         print(page)
+    return 0
+
+
+def _remove(argv: Sequence[str]) -> int:
+    from data_pipeline.shards.removal import read_list, remove_samples
+
+    parser = CommandParser("data remove", description="Take pictures out of finished shards, as their owners ask.")
+    parser.add_argument("folder", help="path or URL of the shards")
+    parser.add_argument("--list", type=Path, required=True, help="text file: a url or sha256 on each line")
+    options = parser.parse_args(argv)
+    removed = remove_samples(options.folder, read_list(options.list))
+    for name, count in removed.items():
+        print(f"{name}: {count} removed")
+    print(f"{options.folder}: {sum(removed.values())} samples removed from {len(removed)} shards")
     return 0

@@ -27,5 +27,6 @@ REASONS = {
     "too_many_nouns": "more noun chunks than rules.nouns",
     "too_few_entities": "fewer entities found than rules.entities",
     "too_many_entities": "more entities found than rules.entities",
+    "taken_down": "removed on request, by url or sha256",
     "sample_refused": "readers of shards would not take it",
 }

@@ -36,7 +36,7 @@ def test_every_command_answers_help(command: str, capsys: pytest.CaptureFixture[
 def test_every_command_refuses_an_unknown_option_in_one_line(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    required = ["--config", "any.yaml"] if command in ("train", "evaluate") else []
+    required = ["--config", "any.yaml"] if command in ("data", "train", "evaluate") else []
     assert main([command, *required, "--no-such-option"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {command}: ") and "--no-such-option" in line

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.build_settings import DataSettings
 from data_pipeline.settings import load_settings
 from infer.cli import COMMANDS, main
 from infer.evaluate.methods import plan_methods
@@ -50,6 +51,15 @@ def test_its_evaluate_commands_have_settings_that_load() -> None:
         assert arguments[0] == "--config"
         overrides = [word for word in arguments[2:] if "=" in word]
         assert plan_methods(load_settings(EvaluateSettings, [ROOT / arguments[1]], overrides))
+
+
+def test_its_data_commands_have_settings_that_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = [arguments for arguments in commands("subject-diffusion data") if arguments[0] == "--config"]
+    assert found
+    for arguments in found:
+        overrides = [word for word in arguments[2:] if "=" in word]
+        assert load_settings(DataSettings, [Path(arguments[1])], overrides)
 
 
 def test_its_python_lines_draw(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 Stage `detect`, backend `clip_proposals`, for machines that have an open_clip model but no detector. The chance of a
 phrase is a softmax over the caption's phrases and some negatives, as in zero-shot classification (Radford et al.,
-2021); a score is the geometric mean of that chance and of how stable the region is. Which box goes to which phrase is
+2021); a score is the geometric mean of its root and of how stable the region is. Which box goes to which phrase is
 decided for the whole picture (`placement.py`). It does well on a few clear things, and is no match for a detector.
 """
 
@@ -71,8 +71,13 @@ class ClipProposalDetector:
     def detect(self, pictures: Sequence[Picture], chunks: Sequence[Sequence[NounChunk]]) -> list[BoxScores]:
         from data_pipeline.stages.detect.region_proposals import propose_boxes
 
-        proposed = [propose_boxes(picture, self.settings.proposals) for picture in pictures]
-        return self.score_boxes(pictures, [boxes for boxes, _ in proposed], [stable for _, stable in proposed], chunks)
+        boxes, stabilities = [], []
+        for picture in pictures:
+            proposed, stability = propose_boxes(picture, self.settings.proposals)
+            able = stability >= self.settings.min_score**2  # the others stay below it even with a chance of 1
+            boxes.append(proposed[able])
+            stabilities.append(stability[able])
+        return self.score_boxes(pictures, boxes, stabilities, chunks)
 
     def score_boxes(
         self,
@@ -85,7 +90,8 @@ class ClipProposalDetector:
         regions = self.encode_regions(pictures, boxes)
         found = []
         for picture, box, stability, codes, named in zip(pictures, boxes, stabilities, regions, chunks, strict=True):
-            scores = np.sqrt(self.chances(codes, named) * stability[:, None])
+            # a softmax is all but 0 or 1 where stability is not: its root is taken, or it would decide alone
+            scores = np.sqrt(stability[:, None] * np.sqrt(self.chances(codes, named)))
             found.append(self._placed(box, scores, picture, named))
         return found
 
