@@ -40,7 +40,7 @@ lint: $(STAMP)
 
 # Every model of the toybox from nothing, in the order in which they stand on each other. Resumes where it was stopped.
 toybox: $(STAMP)
-	for model in vae clip base subject judge_identity judge_segment; do \
+	for model in vae clip base subject region_clip judge_identity judge_segment; do \
 		$(RUN) train --config configs/train/toybox/$$model.yaml || exit 1; \
 	done
 	$(PYTHON) scripts/export_toybox.py
