@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ SMALL = (
     "source.size=64",
     "source.split=val",
     "rules.min_longer_side_px=64",
+    "duplicates.remove=true",
 )
 QUICK = ("gallery=0", "engine.window=4", "engine.prefetch=4", "engine.decoders=1", "engine.threads=1")
 
@@ -37,6 +39,8 @@ def start(output: Path, *overrides: str, options: tuple[str, ...] = ()) -> subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # Whoever started the tests in the background told their children to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
