@@ -2,7 +2,8 @@
 
     load_settings(TrainSettings, [Path("a.yaml"), Path("b.yaml")], ["optimizer.learning_rate=1e-4"])
 
-Later files win key by key. An unknown key is refused with the nearest known one; every mistake is one line.
+Later files win key by key; a section that changes its `kind` or `backend` starts anew. An unknown key is refused with
+the nearest known one; every mistake is one line.
 """
 
 from __future__ import annotations
@@ -126,12 +127,17 @@ def _merge(
     for key, value in update.items():
         path = f"{prefix}{key}"
         origin[path] = source
-        if isinstance(value, dict) and isinstance(target.get(key), dict):
+        if isinstance(value, dict) and isinstance(target.get(key), dict) and not _is_another(target[key], value):
             _merge(target[key], value, origin, source, f"{path}.")
         else:
             target[key] = value
             if isinstance(value, dict):
                 _mark(value, origin, source, f"{path}.")
+
+
+def _is_another(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether a section is now of another class, which does not know the keys of the one before."""
+    return any(tag in before and tag in after and before[tag] != after[tag] for tag in ("kind", "backend"))
 
 
 def _mark(value: dict[str, Any], origin: dict[str, str], source: str, prefix: str) -> None:

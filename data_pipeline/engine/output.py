@@ -131,8 +131,9 @@ class Output:
         import fcntl
 
         number, count = self.settings.engine.slice_of
-        path = self.storage.scratch() / f".build-{number}-of-{count}.lock"
-        with path.open("a") as file:
+        with told_in_one_line(self.folder, "written"):
+            file = (self.storage.scratch() / f".build-{number}-of-{count}.lock").open("a")
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -153,9 +154,11 @@ class Output:
         for key, before, after in _differences(began, now):
             if key.split(".")[0] in FREE_SECTIONS or key in FREE_KEYS or (self.redo and _may_change(key, self.redo)):
                 continue
+            part = key.split(".")
+            stage = part[1] if part[0] == "stages" and not self.redo else None
             raise UserError(
                 f"{address}: this output was begun with {key}={before}, now {key}={after}; "
-                "use another output folder" + ("" if self.redo else ", or --redo STAGE for a stage of finished shards")
+                "use another output folder" + (f", or --redo {stage}, when it is finished" if stage else "")
             )
         for name in self.storage.names():
             if not self.redo and name.endswith(SUFFIX):

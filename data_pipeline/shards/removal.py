@@ -47,10 +47,12 @@ def remove_samples(folder: str | os.PathLike[str], listed: Collection[str]) -> d
     Returns:
         Shard name -> samples removed, of the shards that were written anew.
     Raises:
-        UserError: a shard cannot be read or written; those done before stay done.
+        UserError: no finished shard, or one cannot be read or written; those done before stay done.
     """
-    removed = dict[str, int]()
-    for shard in list_shards(folder):
+    removed, shards = dict[str, int](), list_shards(folder)
+    if not shards:
+        raise UserError(f"{os.fspath(folder)}: no finished shard (NAME_stats.json); give the output folder of a build")
+    for shard in shards:
         keys = _listed_keys(shard, listed)
         if keys:
             _rewrite(folder, shard, keys)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
 
 from data_pipeline.errors import UserError, run_command
 from data_pipeline.settings import Settings, load_settings, write_settings
@@ -19,6 +21,22 @@ class Outer(Settings):
     name: str
     inner: Inner = Inner()
     tags: tuple[str, ...] = ()
+
+
+class Folder(Settings):
+    kind: Literal["folder"]
+    path: str
+    recursive: bool = True
+
+
+class Rendered(Settings):
+    kind: Literal["rendered"]
+    scenes: int = 4
+
+
+class Build(Settings):
+    source: Annotated[Folder | Rendered, Field(discriminator="kind")]
+    more: tuple[Annotated[Folder | Rendered, Field(discriminator="kind")], ...] = ()
 
 
 def write(tmp_path: Path, name: str, text: str) -> Path:
@@ -82,3 +100,29 @@ def test_a_users_mistake_ends_with_status_2_and_an_interrupt_with_130(capsys: py
     assert run_command(mistaken) == 2
     assert capsys.readouterr().err == "error: dog.png: no picture; give a PNG\n"
     assert run_command(interrupted) == 130
+
+
+def test_a_section_of_another_kind_starts_anew(tmp_path: Path) -> None:
+    first = write(tmp_path, "a.yaml", "source: {kind: rendered, scenes: 9}\n")
+    settings = load_settings(Build, [first], ["source.kind=folder", "source.path=photos"])
+    assert settings.source == Folder(kind="folder", path="photos")
+    assert load_settings(Build, [first], ["source.scenes=3"]).source == Rendered(kind="rendered", scenes=3)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("source.kind=web", "the command line: source.kind='web': expected one of 'folder', 'rendered'"),
+        ("source.scene=3", "the command line: unknown key source.scene; did you mean scenes?"),
+        ("source={path: x}", "source.kind: missing; it says which source is meant"),
+        ("source.kind=folder", "source.path: missing; give it in a --config file or as source.path=value"),
+        ("more=[{kind: rendered, scene: 2}]", "the command line: unknown key more.0.scene; did you mean scenes?"),
+    ],
+)
+def test_mistakes_in_a_section_of_several_kinds_name_keys_as_people_write_them(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    files = [] if override.startswith("source={") else [write(tmp_path, "a.yaml", "source: {kind: rendered}\n")]
+    with pytest.raises(UserError) as told:
+        load_settings(Build, files, [override])
+    assert str(told.value) == message
