@@ -1,1 +1,1 @@
-"""Masks of the things that stand in boxes, and the run lengths by which records hold them."""
+"""Masks of the things that stand in boxes: SAM through two libraries, and GrabCut where there are no weights."""

@@ -19,6 +19,7 @@ from data_pipeline.record import BoxPx, Provenance
 from data_pipeline.settings import Settings
 from data_pipeline.stages import Picture
 from data_pipeline.stages.pretrained import DtypeName, Pretrained, find_pretrained, resolve_dtype
+from data_pipeline.stages.segment.logit_segmenter import LogitSegmenter
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ class SamSettings(Settings):
         return SamSegmenter(found, network, found.processor(SamImageProcessor), self)
 
 
-class SamSegmenter:
+class SamSegmenter(LogitSegmenter):
     """Cuts out what a box holds; a mask may reach a little beyond its box, and may be empty."""
 
     def __init__(self, found: Pretrained, network: Any, processor: Any, settings: SamSettings) -> None:
@@ -66,27 +67,9 @@ class SamSegmenter:
                 "number everywhere"
             )
 
-    def segment(self, pictures: Sequence[Picture], boxes: Sequence[Sequence[BoxPx]]) -> list[np.ndarray]:
-        import torch
-
-        if not sum(map(len, boxes)):
-            return [np.zeros((0, *picture.shape[:2]), bool) for picture in pictures]
-        with torch.inference_mode():
-            found = self.logits(pictures, boxes)
-            return [
-                self._at_stored_size(logits, seen, picture.shape[:2])
-                for picture, (logits, seen) in zip(pictures, found, strict=True)
-            ]
-
     def logits(
         self, pictures: Sequence[Picture], boxes: Sequence[Sequence[BoxPx]]
     ) -> list[tuple[Tensor, tuple[int, int]]]:
-        """What the decoder says, before it is scaled up; at least one box in all.
-
-        Returns:
-            for each picture (N, L, L) float32 with the padding, and the height and width that the picture has in the
-            network's square, which is four times as large (1024 and L = 256 in the published models).
-        """
         import torch
 
         # All shapes in one batch: the processor makes the longer side 1024 and pads below and at the right.

@@ -20,6 +20,7 @@ from data_pipeline.record import BoxPx, Provenance
 from data_pipeline.settings import Settings
 from data_pipeline.stages import Picture
 from data_pipeline.stages.pretrained import DtypeName, content_hash, one_line_errors, resolve_dtype, usable_device
+from data_pipeline.stages.segment.logit_segmenter import LogitSegmenter
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ class SegmentAnythingSettings(Settings):
         return SegmentAnythingSegmenter(sam_model_registry[self.model_type](), weights, checkpoint, self, device)
 
 
-class SegmentAnythingSegmenter:
+class SegmentAnythingSegmenter(LogitSegmenter):
     """Cuts out what a box holds; a mask may reach a little beyond its box, and may be empty."""
 
     def __init__(
@@ -83,27 +84,9 @@ class SegmentAnythingSegmenter:
         self.boxes_per_call = settings.boxes_per_call
         self.provenance = Provenance("segment_anything", checkpoint.name, content_hash([checkpoint]))
 
-    def segment(self, pictures: Sequence[Picture], boxes: Sequence[Sequence[BoxPx]]) -> list[np.ndarray]:
-        import torch
-
-        if not sum(map(len, boxes)):
-            return [np.zeros((0, *picture.shape[:2]), bool) for picture in pictures]
-        with torch.inference_mode():
-            found = self.logits(pictures, boxes)
-            return [
-                self._at_stored_size(logits, seen, picture.shape[:2])
-                for picture, (logits, seen) in zip(pictures, found, strict=True)
-            ]
-
     def logits(
         self, pictures: Sequence[Picture], boxes: Sequence[Sequence[BoxPx]]
     ) -> list[tuple[Tensor, tuple[int, int]]]:
-        """What the decoder says, before it is scaled up.
-
-        Returns:
-            for each picture (N, L, L) float32 with the padding, and the height and width that the picture has in the
-            network's square, which is four times as large (1024 and L = 256 in the published models).
-        """
         import torch
 
         resized = [torch.from_numpy(self.look.apply_image(picture)) for picture in pictures]  # (h, w, 3) uint8 each
