@@ -29,7 +29,7 @@ from model.image_encoder import SubjectImageEncoder
 from model.reference import prepare_reference
 from train.scenes import SceneDataset, as_tensor, open_world
 from train.settings import DataSettings
-from train.shard_scenes import ShardEntity, ShardScene
+from train.shard_scenes import ShardEntity, ShardScene, ShardWorld
 
 Scene = ToyboxScene | ShardScene
 
@@ -148,7 +148,9 @@ class CachedScenes(Dataset[EncodedScene]):
         self.order, self.ordered = np.zeros(0, np.int64), (-1, -1)  # positions in the pool; of which pool and pass
 
     def _fingerprint(self, split: str | None) -> str:
-        digest = hashlib.sha256(json.dumps([self.data.model_dump(), split, self.encoder.same_image]).encode())
+        world = self.scenes.world
+        contents = world.contents if isinstance(world, ShardWorld) else []
+        digest = hashlib.sha256(json.dumps([self.data.model_dump(), split, self.encoder.same_image, contents]).encode())
         for module in (self.encoder.vae, self.encoder.image_encoder):
             for name, value in sorted(module.state_dict().items()):
                 digest.update(name.encode())

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.record import BoxPx, Entity
-from data_pipeline.shards.reader import DecodedSample, decode_sample, list_shards
+from data_pipeline.shards.reader import DecodedSample, decode_sample, list_shards, read_stats
 from data_pipeline.shards.shard_index import ShardIndex
 from data_pipeline.toybox.world import box_of
 
@@ -45,7 +45,7 @@ class ShardScene:
 
 
 class ShardWorld:
-    """Scenes of one part, train or val, of a folder of shards."""
+    """Scenes of one part, train or val, of a folder of shards; `contents` are the hashes of its tars."""
 
     def __init__(
         self, folder: str, split: str, *, size: int, seed: int, max_subjects: int, need_references: bool
@@ -58,7 +58,9 @@ class ShardWorld:
         Raises:
             UserError: too few samples, or no references where they are needed.
         """
-        self.index = ShardIndex(list_shards(folder))
+        shards = list_shards(folder)
+        self.index = ShardIndex(shards)
+        self.contents = [read_stats(shard).files[f"{shard.name}.tar"].sha256 for shard in shards]
         self.size, self.seed, self.max_subjects, self.need_references = size, seed, max_subjects, need_references
         if len(self.index) < HELD_EVERY:
             raise UserError(

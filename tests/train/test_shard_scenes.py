@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from data_pipeline.build_settings import DataSettings as BuildSettings
 from data_pipeline.engine.build import build
 from data_pipeline.errors import UserError
 from data_pipeline.settings import load_settings
+from data_pipeline.shards.reader import read_shard
+from data_pipeline.shards.removal import remove_samples
 from data_pipeline.toybox.world import ToyboxWorld
 from tests.train.tiny_runs import tiny_settings
 from train.loop import train
@@ -44,6 +47,13 @@ def test_a_pass_shows_every_sample_once_and_the_next_one_in_another_order(shards
     first, second = ([world.scene(i).caption for i in range(start, start + count)] for start in (0, count))
     assert sorted(first) == sorted(second) and first != second
     assert [world_of(shards).scene(i).caption for i in range(5)] == first[:5]
+
+
+def test_rebuilt_shards_are_not_taken_for_those_that_were_cached(shards: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    assert world_of(copy).contents == world_of(shards).contents
+    remove_samples(copy, {next(read_shard(copy / "00000.tar")).record.sha256})
+    assert world_of(copy).contents != world_of(shards).contents
 
 
 def test_validation_samples_are_never_trained_on(shards: Path) -> None:
