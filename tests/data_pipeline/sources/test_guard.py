@@ -19,12 +19,12 @@ import json, sys, threading, time, urllib.request
 sys.path.insert(0, sys.argv[1])
 import guard
 order = json.load(sys.stdin)
-guard.install(guard.Limits(frozenset(order["allow_hosts"]), 200_000, 1.0))
+guard.install(guard.Limits(frozenset(order["allow_hosts"]), 200_000, 5.0))
 answers = {}
 def fetch(name, url):
     start = time.monotonic()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url), timeout=0.8) as response:
+        with urllib.request.urlopen(urllib.request.Request(url), timeout=4.0) as response:
             answers[name] = [len(response.read()), ""]
     except Exception as error:
         answers[name] = [0, str(error)]
@@ -110,7 +110,7 @@ def test_a_body_ends_at_its_limit(answers: dict) -> None:
 @pytest.mark.parametrize("name", ["slow", "slow headers"])
 def test_an_answer_that_drips_ends_at_its_deadline(answers: dict, name: str) -> None:
     assert reason_of("failed_to_download", answers[name][1]) == "download_too_slow"
-    assert answers[name][2] < 5
+    assert answers[name][2] < 15
 
 
 def test_a_body_that_ends_early_is_no_picture(answers: dict) -> None:
