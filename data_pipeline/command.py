@@ -4,6 +4,8 @@ subject-diffusion data --config configs/data/toybox.yaml output=outputs/data/toy
 subject-diffusion data --config configs/data/laion.yaml output=s3://bucket/shards engine.slice=3/16
 subject-diffusion data --config configs/data/toybox.yaml output=outputs/data/toybox --redo segment
 subject-diffusion data verify outputs/data/toybox
+subject-diffusion data pages outputs/data/toybox --limit 100
+subject-diffusion data remove outputs/data/toybox --list take_downs.txt
 """
 
 from __future__ import annotations
