@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import Field, model_validator
 
+from data_pipeline.boxes import pairwise_iou
 from data_pipeline.record import BoxPx
 from data_pipeline.settings import Settings
 from data_pipeline.stages import BoxScores
@@ -70,23 +71,15 @@ def keep_boxes(scores: BoxScores, rules: RuleSettings) -> list[FoundBox]:
     passed = (token >= rules.min_token_score) & (chunk >= rules.min_chunk_score) & (area > 0)
     candidates = np.flatnonzero(passed)
     candidates = candidates[np.argsort(-chunk[candidates], kind="stable")]
-    kept: list[int] = []
-    for candidate in candidates:
-        overlaps = box_iou(scores.boxes_xyxy_px[candidate], scores.boxes_xyxy_px[kept])  # (kept,)
-        if not (overlaps > rules.nms_iou).any():
-            kept.append(int(candidate))
+    overlaps = pairwise_iou(scores.boxes_xyxy_px[candidates], scores.boxes_xyxy_px[candidates])
+    better: list[int] = []  # places among the candidates
+    for place in range(len(candidates)):
+        if not (overlaps[place, better] > rules.nms_iou).any():
+            better.append(place)
     return [
         FoundBox(int(best[i]), tuple(float(v) for v in scores.boxes_xyxy_px[i]), float(chunk[i]))  # type: ignore[arg-type]
-        for i in kept
+        for i in candidates[better]
     ]
-
-
-def box_iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Intersection over union of one xyxy box (4,) with others (N, 4): (N,)."""
-    low, high = np.maximum(box[:2], others[:, :2]), np.minimum(box[2:], others[:, 2:])
-    inside = (high - low).clip(min=0).prod(axis=1)
-    areas = (others[:, 2:] - others[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
-    return inside / np.maximum(areas - inside, 1e-9)
 
 
 def locate(words: str, caption: str) -> tuple[int, int] | None:

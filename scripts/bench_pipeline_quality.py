@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.arguments import positive
+from data_pipeline.boxes import pairwise_iou
 from data_pipeline.build_settings import DataSettings
 from data_pipeline.engine.steps import Item, Place, load_steps
 from data_pipeline.errors import CommandParser, UserError, run_command
 from data_pipeline.images import prepare_picture
 from data_pipeline.record import Drop
-from data_pipeline.rules import RuleSettings, box_iou, keep_boxes
+from data_pipeline.rules import RuleSettings, keep_boxes
 from data_pipeline.settings import load_settings
 from data_pipeline.sources.toybox_scenes import ToyboxSource
 from data_pipeline.stages import NounChunk, Segmenter
@@ -91,7 +92,7 @@ def names(phrase: str, noun: str) -> bool:
 def _overlaps(box: Sequence[float], things: Sequence[ToyboxEntity]) -> np.ndarray:
     """IoU of a box with each thing's: (N,)."""
     others = np.asarray([thing.box_xyxy_px for thing in things], float).reshape(-1, 4)
-    return box_iou(np.asarray(box, float), others)
+    return pairwise_iou(np.asarray([box], float), others)[0]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -146,7 +147,7 @@ def named_by_truth(scene: ToyboxScene, limit: int) -> list[Place]:
     boxes, _ = propose_boxes(scene.image, limit)
     places = []
     for thing in scene.entities if len(boxes) else ():
-        nearest = boxes[box_iou(np.asarray(thing.box_xyxy_px), boxes).argmax()]
+        nearest = boxes[pairwise_iou(np.asarray([thing.box_xyxy_px]), boxes).argmax()]
         places.append(Place(thing.noun, thing.noun, None, tuple(nearest.tolist()), 1.0))
     return places
 

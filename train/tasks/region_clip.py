@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from data_pipeline.boxes import pairwise_iou
 from data_pipeline.stages.detect.clip_folder import (
     CONFIG,
     PARTS,
@@ -31,7 +32,7 @@ from data_pipeline.stages.detect.clip_folder import (
     text_tower,
 )
 from data_pipeline.stages.detect.clip_proposals import ClipProposalsSettings
-from data_pipeline.stages.detect.region_proposals import cut_regions, pairwise_iou, propose_boxes
+from data_pipeline.stages.detect.region_proposals import cut_regions, propose_boxes
 from data_pipeline.toybox.backgrounds import BACKGROUNDS
 from data_pipeline.toybox.captions import COLOURS
 from data_pipeline.toybox.world import ToyboxScene

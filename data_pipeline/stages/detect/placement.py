@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.boxes import pairwise_intersection
 from data_pipeline.stages import NounChunk
-from data_pipeline.stages.detect.region_proposals import pairwise_intersection
 
 STEEPNESS = 14.0  # of a relation: a tenth of the picture the wrong way costs a factor of four
 RELIABLE = 0.9  # share of what a caption says of places that is meant and read rightly

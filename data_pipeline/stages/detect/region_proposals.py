@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 
+from data_pipeline.boxes import pairwise_iou
 from data_pipeline.stages import Picture
 
 WORKING_SIDE = 128  # pixels, longer side of the copy that is looked at
@@ -98,20 +99,6 @@ def _most_stable(boxes: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]
             count.append(float(votes[index]))
             free &= ~group
     return np.asarray(chosen, np.float32).reshape(-1, 4), np.asarray(count, np.float32)
-
-
-def pairwise_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Intersection over union of boxes (N, 4) with boxes (M, 4): (N, M)."""
-    shared = pairwise_intersection(first, second)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (first, second)]
-    return shared / np.maximum(areas[0][:, None] + areas[1] - shared, 1e-9)
-
-
-def pairwise_intersection(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Shared area of boxes (N, 4) with boxes (M, 4): (N, M)."""
-    low = np.maximum(first[:, None, :2], second[:, :2])
-    high = np.minimum(first[:, None, 2:], second[:, 2:])
-    return (high - low).clip(min=0).prod(axis=2)
 
 
 def cut_regions(picture: Picture, boxes: np.ndarray, size: int, margin: float) -> np.ndarray:

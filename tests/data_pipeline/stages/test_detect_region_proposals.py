@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from data_pipeline.stages.detect.region_proposals import cut_regions, pairwise_iou, propose_boxes
+from data_pipeline.boxes import pairwise_iou
+from data_pipeline.stages.detect.region_proposals import cut_regions, propose_boxes
 
 
 def landscape(height: int = 200, width: int = 300) -> np.ndarray:
