@@ -16,14 +16,22 @@ from train.settings import TrainSettings
 class Task(Protocol):
     """One model to train; `train.loop` knows nothing else of it."""
 
-    module: nn.Module  # all that is trained; forward(batch, generator, step) -> (loss, {metric: value})
-    dataset: Dataset[Any]  # item i is a pure function of i
+    # All that is trained, and nothing else that is large: forward(batch, draws: SampleDraws, step) -> (loss, metrics).
+    # A metric is a scalar tensor; NaN where this batch says nothing about it.
+    module: nn.Module
+    dataset: Dataset[Any]  # item n is a pure function of n
     loader_workers: int  # processes that load items; 0 where they are in memory
 
     def __init__(self, settings: TrainSettings, device: torch.device) -> None: ...
 
     def collate(self, items: list[Any]) -> Any:
-        """Items of one batch -> what `module` takes."""
+        """Items of one batch -> tensors on the CPU; runs where the items are loaded."""
+
+    def batch(self, collated: Any) -> Any:
+        """What `module` takes: moved to the device and, where frozen models have a part in it, seen by them."""
+
+    def keys(self, collated: Any) -> list[str]:
+        """What a person finds the samples by (shard and key); empty where their numbers say it all."""
 
     def validate(self, picture: Path) -> dict[str, float]:
         """Write a PNG that shows how good the module is now, and return its figures on unseen subjects."""

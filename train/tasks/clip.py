@@ -22,9 +22,11 @@ from transformers import CLIPTokenizer
 from data_pipeline.toybox.world import ToyboxEntity, ToyboxScene
 from model.reference import prepare_reference
 from model.tokenizer import train_tokenizer
+from train.draws import SampleDraws
 from train.pictures import save_grid
 from train.scenes import SceneDataset, as_tensor, make_world
 from train.settings import TrainSettings, load_model_settings
+from train.tasks.toybox_task import ToyboxTask
 
 THUMBNAIL = 8  # pixels, side of the picture asked from the pooled vector
 NORMALISATION = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
@@ -66,7 +68,7 @@ class ClipTraining(nn.Module):
         self.loss = ClipLoss()
 
     def forward(
-        self, batch: tuple[Tensor, Tensor], generator: torch.Generator, step: int
+        self, batch: tuple[Tensor, Tensor], draws: SampleDraws, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         pictures, ids = batch  # (N, 3, H, W), (N, L)
         normalised = pictures * 2 - 1
@@ -95,15 +97,14 @@ class ClipTraining(nn.Module):
         return functional.pixel_shuffle(rows.transpose(1, 2).unflatten(2, (side, side)), self.patch)  # (N, 3, H, W)
 
 
-class ClipTask:
+class ClipTask(ToyboxTask):
     """`options`: readout_weight, tokenizer_captions (captions the small BPE vocabulary is learnt from)."""
 
     def __init__(self, settings: TrainSettings, device: torch.device) -> None:
-        self.loader_workers = settings.data.workers
+        super().__init__(settings, device)
         options: dict[str, Any] = {"readout_weight": 1.0, "tokenizer_captions": 2000} | settings.options
         self.architecture = load_model_settings(settings.model).architecture["clip"]
         text, vision = self.architecture["text_cfg"], self.architecture["vision_cfg"]
-        self.device = device
         world = make_world(settings.data)
         folder = settings.folder / "tokenizer"
         if not (folder / "tokenizer.json").exists():
@@ -118,11 +119,11 @@ class ClipTask:
         pairs = ClipPairs(self.tokenizer, vision["image_size"])
         self.dataset = SceneDataset(world, pairs, distinct=settings.data.distinct_scenes)
         unseen = make_world(settings.data, split="val", seed=settings.data.seed + 1)
-        self.unseen = self.collate([pairs(unseen.scene(i)) for i in range(128)])
+        self.unseen = self.batch(self.collate([pairs(unseen.scene(i)) for i in range(128)]))
 
     def collate(self, items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         pictures, ids = zip(*items, strict=True)
-        return torch.stack(pictures).to(self.device), torch.stack(ids).to(self.device)
+        return torch.stack(pictures), torch.stack(ids)
 
     @torch.no_grad()
     def validate(self, picture: Path) -> dict[str, float]:

@@ -21,9 +21,11 @@ from torchvision.models import shufflenet_v2_x0_5
 from data_pipeline.toybox.backgrounds import BACKGROUNDS
 from data_pipeline.toybox.world import BACKGROUND_POOL, Placement, ToyboxScene, box_of, compose
 from train.crops import crop_to_boxes
+from train.draws import SampleDraws
 from train.pictures import save_grid
 from train.scenes import SceneDataset, as_tensor, make_world
 from train.settings import TrainSettings
+from train.tasks.toybox_task import ToyboxTask
 
 SIDES = (0.34, 0.9)  # longer side of the subject, share of the picture
 JITTER = 0.06  # of the box edges, share of that side
@@ -52,7 +54,7 @@ class PairLoss(nn.Module):
         self.judge, self.temperature = judge, temperature
 
     def forward(
-        self, batch: tuple[Tensor, Tensor], generator: torch.Generator, step: int
+        self, batch: tuple[Tensor, Tensor], draws: SampleDraws, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         first, second = batch  # (N, 3, H, W) each, row i shows the same subject
         codes = self.judge(torch.cat([first, second]))  # (2N, D)
@@ -64,18 +66,19 @@ class PairLoss(nn.Module):
         return functional.cross_entropy(logits, partner), {"pairs_found": found}
 
 
-class IdentityJudgeTask:
+class IdentityJudgeTask(ToyboxTask):
     """`options`: temperature."""
 
     def __init__(self, settings: TrainSettings, device: torch.device) -> None:
+        super().__init__(settings, device)
         options: dict[str, Any] = {"temperature": 0.1} | settings.options
-        self.loader_workers, self.device = settings.data.workers, device
         self.module = PairLoss(IdentityJudge(), options["temperature"])
-        data = settings.data.model_copy(update={"references": (2, 2), "min_subjects": 1, "max_subjects": 1})
+        pairs = {"references": (2, 2), "min_subjects": 1, "max_subjects": 1}
+        data = settings.data.model_copy(update={"toybox": settings.data.toybox.model_copy(update=pairs)})
         self.dataset = SceneDataset(make_world(data), self._pair, distinct=settings.data.distinct_scenes)
         world = make_world(data, split="val")
         one_each = {scene.entities[0].subject.id: scene for scene in map(world.scene, range(UNSEEN_SCENES))}
-        self.unseen = self.collate([self._pair(scene) for scene in one_each.values()])
+        self.unseen = self.batch(self.collate([self._pair(scene) for scene in one_each.values()]))
 
     def _pair(self, scene: ToyboxScene) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng((scene.index % 2**62, 1))
@@ -83,7 +86,7 @@ class IdentityJudgeTask:
 
     def collate(self, items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         first, second = zip(*items, strict=True)
-        return torch.stack(first).to(self.device), torch.stack(second).to(self.device)
+        return torch.stack(first), torch.stack(second)
 
     @torch.no_grad()
     def validate(self, picture: Path) -> dict[str, float]:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.toybox.world import ToyboxScene
+from train.draws import SampleDraws
 from train.pictures import save_grid
 from train.scenes import SceneDataset, as_tensor, make_world
 from train.settings import TrainSettings
+from train.tasks.toybox_task import ToyboxTask
 
 
 class SegmentLoss(nn.Module):
@@ -30,7 +32,7 @@ class SegmentLoss(nn.Module):
         return self.unet(pictures * 2 - 1, 0).sample
 
     def forward(
-        self, batch: tuple[Tensor, Tensor], generator: torch.Generator, step: int
+        self, batch: tuple[Tensor, Tensor], draws: SampleDraws, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         pictures, masks = batch
         logits = self.logits(pictures)
@@ -44,11 +46,11 @@ def mask_iou(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(either > 0, both / either.clamp(min=1), torch.ones_like(both)).mean()
 
 
-class SegmentJudgeTask:
+class SegmentJudgeTask(ToyboxTask):
     """`options`: none."""
 
     def __init__(self, settings: TrainSettings, device: torch.device) -> None:
-        self.loader_workers, self.device = settings.data.workers, device
+        super().__init__(settings, device)
         size = settings.data.size
         unet = UNet2DModel(
             sample_size=size, in_channels=3, out_channels=1, block_out_channels=(16, 32, 48), layers_per_block=1,
@@ -59,7 +61,7 @@ class SegmentJudgeTask:
         world = make_world(settings.data)
         self.dataset = SceneDataset(world, self._picture_and_mask, distinct=settings.data.distinct_scenes)
         unseen = make_world(settings.data, split="val", seed=settings.data.seed + 1)
-        self.unseen = self.collate([self._picture_and_mask(unseen.scene(i)) for i in range(64)])
+        self.unseen = self.batch(self.collate([self._picture_and_mask(unseen.scene(i)) for i in range(64)]))
 
     def _picture_and_mask(self, scene: ToyboxScene) -> tuple[Tensor, Tensor]:
         masks = [torch.from_numpy(entity.mask) for entity in scene.entities]
@@ -69,7 +71,7 @@ class SegmentJudgeTask:
 
     def collate(self, items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         pictures, masks = zip(*items, strict=True)
-        return torch.stack(pictures).to(self.device), torch.stack(masks).to(self.device)
+        return torch.stack(pictures), torch.stack(masks)
 
     @torch.no_grad()
     def validate(self, picture: Path) -> dict[str, float]:

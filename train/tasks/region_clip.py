@@ -37,9 +37,11 @@ from data_pipeline.toybox.backgrounds import BACKGROUNDS
 from data_pipeline.toybox.captions import COLOURS
 from data_pipeline.toybox.world import ToyboxScene
 from train.inputs_folder import input_folder
+from train.draws import SampleDraws
 from train.pictures import save_grid
 from train.scenes import SceneDataset, as_tensor, make_world
 from train.settings import TrainSettings
+from train.tasks.toybox_task import ToyboxTask
 
 TRAINED = re.compile(
     r"visual\.transformer\.resblocks\.LAST\.(attn|ln_1|ln_2)\..*|visual\.(ln_post\..*|proj)|ln_final\..*"
@@ -147,7 +149,7 @@ class RegionHeads(nn.Module):
         logits = self.clip.logit_scale.exp() * self.image(regions.tokens.float()) @ self.text(regions.texts).T  # (N, C)
         return by_noun(logits, regions.keys)
 
-    def forward(self, batch: list[Regions], generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: list[Regions], draws: SampleDraws | None, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         image = self.image(torch.cat([regions.tokens for regions in batch]).float())
         text = self.text(torch.cat([regions.texts for regions in batch]))
         losses, right = [], []
@@ -170,11 +172,12 @@ def by_noun(logits: Tensor, keys: Tensor) -> Tensor:
     return torch.stack([chances[:, keys == noun].logsumexp(dim=1) for noun in nouns], dim=1)
 
 
-class RegionClipTask:
+class RegionClipTask(ToyboxTask):
     """`inputs`: image (a run of task clip), text (a run of task base). `options`: renamed, share of made-up nouns."""
 
     def __init__(self, settings: TrainSettings, device: torch.device) -> None:
-        self.loader_workers, self.device = 0, device  # items come from the towers, which stay in this process
+        super().__init__(settings, device)
+        self.loader_workers = 0  # items come from the towers, which stay in this process
         self.options: dict[str, Any] = {"renamed": 0.3} | settings.options
         self.image_folder, base = input_folder(settings, "image"), input_folder(settings, "text")
         self.text_folder, self.tokenizer_folder = base / "text_encoder", base / "tokenizer"
@@ -216,16 +219,18 @@ class RegionClipTask:
         return self.known[text]
 
     def collate(self, items: list[Regions]) -> list[Regions]:
+        return [item for item in items if len(item.shown)]
+
+    def batch(self, collated: list[Regions]) -> list[Regions]:
         return [
             Regions(*(part.to(self.device) for part in (item.tokens, item.texts, item.keys, item.shown)))
-            for item in items
-            if len(item.shown)
+            for item in collated
         ]
 
     @torch.no_grad()
     def validate(self, picture: Path) -> dict[str, float]:
-        batch = self.collate(self.unseen)
-        loss, metrics = self.module(batch, torch.Generator(), 0)
+        batch = self.batch(self.collate(self.unseen))
+        loss, metrics = self.module(batch, None, 0)
         named, things = 0, 0
         for regions in batch:
             shows = regions.shown >= 0

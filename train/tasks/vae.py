@@ -14,9 +14,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 
+from train.draws import SampleDraws
 from train.pictures import save_grid
 from train.scenes import SceneDataset, as_tensor, make_world
 from train.settings import TrainSettings, load_model_settings
+from train.tasks.toybox_task import ToyboxTask
 
 
 class PatchCode(nn.Module):
@@ -66,7 +68,7 @@ class VaeLoss(nn.Module):
         self.vae, self.code_steps, self.kl_weight = vae, code_steps, kl_weight
         self.__dict__["code"] = code  # fixed, and no part of what is saved
 
-    def forward(self, pictures: Tensor, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, pictures: Tensor, draws: SampleDraws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         pictures = pictures * 2 - 1  # (N, 3, H, W) in -1..1
         posterior = self.vae.encode(pictures).latent_dist
         if step < self.code_steps:
@@ -74,20 +76,18 @@ class VaeLoss(nn.Module):
             drawn = self.vae.decode(target).sample
             loss = functional.l1_loss(posterior.mean, target)
         else:
-            latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(
-                posterior.mean
-            )
+            latents = posterior.mean + posterior.std * draws.normal(*posterior.mean.shape[1:]).to(posterior.mean)
             drawn = self.vae.decode(latents).sample
             loss = self.kl_weight * posterior.kl().mean()
         distance = functional.l1_loss(drawn, pictures)
         return loss + distance + gradient_distance(drawn, pictures), {"l1": distance / 2}
 
 
-class VaeTask:
+class VaeTask(ToyboxTask):
     """`options`: code_steps (steps on the PCA code), kl_weight."""
 
     def __init__(self, settings: TrainSettings, device: torch.device) -> None:
-        self.loader_workers = settings.data.workers
+        super().__init__(settings, device)
         options: dict[str, Any] = {"code_steps": 1000, "kl_weight": 1e-6} | settings.options
         architecture = load_model_settings(settings.model).architecture["vae"]
         world = make_world(settings.data)
@@ -105,7 +105,10 @@ class VaeTask:
         self.unseen = torch.stack([as_tensor(unseen.scene(i).image) for i in range(64)]).to(device)
 
     def collate(self, items: list[Tensor]) -> Tensor:
-        return torch.stack(items).permute(0, 3, 1, 2).float() / 255
+        return torch.stack(items).permute(0, 3, 1, 2)
+
+    def batch(self, collated: Tensor) -> Tensor:
+        return super().batch(collated).float() / 255
 
     @torch.no_grad()
     def validate(self, picture: Path) -> dict[str, float]:
