@@ -1,0 +1,1 @@
+"""Per-subject refinement: minutes on one subject, a small file that `generate` takes like any subject."""
