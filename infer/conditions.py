@@ -10,6 +10,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from data_pipeline.errors import UserError
 from infer.subjects import Box, Subject, match_nouns
 from model.image_encoder import SubjectImageEncoder
 from model.inputs import SubjectInputs
+from model.learned_words import LearnedWords
 from model.prompt import PromptError, SubjectPrompt, build_prompt, encode_ids
 from model.reference import prepare_reference
 
@@ -68,29 +70,34 @@ class ReferenceFeatures:
 def build_inputs(
     requests: Sequence[PictureRequest],
     tokenizer: CLIPTokenizer,
-    encoder: SubjectImageEncoder,
+    encoder: SubjectImageEncoder | None,
     features: ReferenceFeatures,
+    words: LearnedWords | None = None,
 ) -> SubjectInputs:
     """Line up the conditions of B pictures.
 
     Subjects enter the prompt in the order of their mentions, as in training. A picture whose strengths are all 0 is a
-    picture without subjects: its prompt has no suffix.
+    picture without subjects: its prompt has no suffix. Placeholders of `words` become their tokens in prompts and
+    negative prompts alike. `encoder` None: a plain base, which takes no subjects.
 
     Returns:
         `SubjectInputs` on the CPU for token ids and on the encoder's device for features; move it before use. With no
         subject in any row S is 0.
     Raises:
-        UserError: a prompt is too long, contains the placeholder, or lacks a subject's noun.
+        UserError: a prompt is too long, contains the placeholder, or lacks a subject's noun; a subject is named by a
+            learned word; there are subjects, but no encoder.
     """
     rows = [_in_order(request) for request in requests]
-    prompts = [_prompt(tokenizer, request) for request in rows]
+    prompts = [_prompt(tokenizer, request, words) for request in rows]
     count = max(len(prompt.placeholder_positions) for prompt in prompts)  # S
     references = max((len(s.references) for row in rows for s in row.subjects), default=0)  # R
     longest = max((len(ids) for prompt in prompts for ids in prompt.noun_ids), default=0)  # K
-    inputs = _empty(prompts, [_negative(tokenizer, row) for row in rows], (count, references, longest), encoder)
+    inputs = _empty(prompts, [_negative(tokenizer, row, words) for row in rows], (count, references, longest), encoder)
     for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         inputs.location_keep[index] = row.boxes is not None and bool(row.subjects)
         for slot, subject in enumerate(row.subjects):
+            if encoder is None:
+                raise UserError(f"subject {subject.label}: a plain base draws none from photos; use a subject model")
             found = features(encoder, subject.references)
             inputs.pooled[index, slot] = torch.stack([pooled for pooled, _ in found]).mean(dim=0)  # (P,)
             for k, (_, patches) in enumerate(found):
@@ -120,17 +127,30 @@ def _in_order(request: PictureRequest) -> PictureRequest:
     )
 
 
-def _prompt(tokenizer: CLIPTokenizer, request: PictureRequest) -> SubjectPrompt:
+def _prompt(tokenizer: CLIPTokenizer, request: PictureRequest, words: LearnedWords | None) -> SubjectPrompt:
     spans = match_nouns(request.prompt, request.subjects)
+    text = request.prompt
+    if words is not None:
+        for subject in request.subjects:
+            if words.expand(subject.noun) != subject.noun:
+                raise UserError(
+                    f"subject {subject.label}: {subject.noun!r} is a refined word, which needs no reference; "
+                    "name the reference by another word"
+                )
+        # Nouns are whole words apart from placeholders, so what stands before one is expanded as it is in the whole.
+        starts = [len(words.expand(text[:start])) for start, _ in spans]
+        spans = [(first, first + end - start) for first, (start, end) in zip(starts, spans, strict=True)]
+        text = words.expand(text)
     try:
-        return build_prompt(tokenizer, request.prompt, [subject.noun for subject in request.subjects], spans=spans)
+        return build_prompt(tokenizer, text, [subject.noun for subject in request.subjects], spans=spans)
     except PromptError as error:
         raise UserError(f"prompt {request.prompt!r}: {error}") from error
 
 
-def _negative(tokenizer: CLIPTokenizer, request: PictureRequest) -> Tensor:
+def _negative(tokenizer: CLIPTokenizer, request: PictureRequest, words: LearnedWords | None) -> Tensor:
+    text = request.negative_prompt if words is None else words.expand(request.negative_prompt)
     try:
-        return encode_ids(tokenizer, request.negative_prompt)  # (L,)
+        return encode_ids(tokenizer, text)  # (L,)
     except PromptError as error:
         raise UserError(f"negative prompt {request.negative_prompt!r}: {error}") from error
 
@@ -139,18 +159,21 @@ def _empty(
     prompts: Sequence[SubjectPrompt],
     negatives: Sequence[Tensor],
     counts: tuple[int, int, int],  # S, R, K
-    encoder: SubjectImageEncoder,
+    encoder: SubjectImageEncoder | None,
 ) -> SubjectInputs:
     rows, (subjects, references, longest) = len(prompts), counts
-    kind = {"device": encoder.device, "dtype": encoder.dtype}
+    kind: dict[str, Any] = {} if encoder is None else {"device": encoder.device, "dtype": encoder.dtype}
+    pooled, patches, width = (
+        (0, 0, 0) if encoder is None else (encoder.pooled_dim, encoder.num_patches, encoder.patch_dim)
+    )
     return SubjectInputs(
         input_ids=torch.stack([prompt.input_ids for prompt in prompts]),  # (B, L)
         plain_input_ids=torch.stack([prompt.plain_input_ids for prompt in prompts]),  # (B, L)
         empty_input_ids=torch.stack(list(negatives)),  # (B, L)
         placeholder_positions=torch.full((rows, subjects), -1),
         noun_ids=torch.full((rows, subjects, longest), -1),
-        pooled=torch.zeros(rows, subjects, encoder.pooled_dim, **kind),
-        patches=torch.zeros(rows, subjects, references, encoder.num_patches, encoder.patch_dim, **kind),
+        pooled=torch.zeros(rows, subjects, pooled, **kind),
+        patches=torch.zeros(rows, subjects, references, patches, width, **kind),
         reference_keep=torch.zeros(rows, subjects, references, dtype=torch.bool),
         subject_keep=torch.zeros(rows, subjects, dtype=torch.bool),
         boxes=torch.zeros(rows, subjects, 4),

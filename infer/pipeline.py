@@ -42,6 +42,7 @@ from infer.loading import load_base_networks, load_trained_parts, locate_model, 
 from infer.subjects import Box, Subject
 from model.composition import SubjectDiffusionModel
 from model.image_encoder import SubjectImageEncoder
+from model.learned_words import LearnedWords
 from model.prompt import add_placeholder
 from model.sampling import denoise, initial_latents
 from model.saving import MANIFEST, base_fingerprint
@@ -67,15 +68,17 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
     Args:
         vae, text_encoder, tokenizer, unet, scheduler: as in Stable Diffusion.
         adapter: grounding network, fusers and location convolution; attached to `unet`, whose own weights stay stock.
-        image_encoder: looks at the references.
+        image_encoder: looks at the references; None with `adapter` None: a plain base, for refined words only.
         base_unet, base_text_encoder: the plain base, for `subject_until` < 1; loaded when first needed.
         base: name, folder or hub id of the plain base.
+
+    `words` holds refined words; prompts name them by their placeholders, beside subjects from references.
     """
 
     model_cpu_offload_seq = "image_encoder->unet->vae"
     # These are used part by part and not through `forward`, so offload hooks would not see them; both are small.
     _exclude_from_cpu_offload = ["text_encoder", "base_text_encoder", "adapter"]
-    _optional_components = ["base_unet", "base_text_encoder"]
+    _optional_components = ["base_unet", "base_text_encoder", "adapter", "image_encoder"]
     _callback_tensor_inputs = ["latents"]
     base_unet: UNet2DConditionModel | None
     base_text_encoder: CLIPTextModel | None
@@ -87,8 +90,8 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: KarrasDiffusionSchedulers,
-        adapter: SubjectAdapter,
-        image_encoder: SubjectImageEncoder,
+        adapter: SubjectAdapter | None,
+        image_encoder: SubjectImageEncoder | None,
         base_unet: UNet2DConditionModel | None = None,
         base_text_encoder: CLIPTextModel | None = None,
         base: str | None = None,
@@ -135,16 +138,27 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
 
     @property
     def subject_model(self) -> SubjectDiffusionModel:
-        """UNet, text encoder and adapter as one module; follows a component that was replaced."""
+        """UNet, text encoder, adapter and words as one module; follows a component that was replaced."""
         known = self._subject_model
         if known is None or (known.unet, known.text_encoder, known.adapter) != (
             self.unet,
             self.text_encoder,
             self.adapter,
         ):
+            words = self.words
             self._subject_model = SubjectDiffusionModel(self.unet, self.text_encoder, self.adapter)
+            self._subject_model.words = words
         assert self._subject_model is not None
         return self._subject_model
+
+    @property
+    def words(self) -> LearnedWords | None:
+        """Refined words of the `subject_model`."""
+        return None if self._subject_model is None else self._subject_model.words
+
+    @words.setter
+    def words(self, words: LearnedWords | None) -> None:
+        self.subject_model.words = words
 
     @torch.no_grad()
     def __call__(
@@ -226,7 +240,11 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
             for row, placed in zip(rows, boxes, strict=True)
         ]
         device = self._execution_device
-        inputs = build_inputs(requests, self.tokenizer, self.image_encoder, self.reference_features).to(device)
+        inputs = build_inputs(requests, self.tokenizer, self.image_encoder, self.reference_features, self.words).to(
+            device
+        )
+        if self.words is not None:
+            self.words.to(device)
         plain = self._plain_base() if subject_until < 1 else None
         start = self.prepare_latents(len(rows), height, width, num_inference_steps, generator, latents)
 
@@ -281,9 +299,11 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
         return self.image_processor.postprocess(pixels.float(), output_type=output_type)
 
     def fingerprint(self) -> str:
-        """64 hexadecimal digits that tell the weights apart: UNet, text encoder and adapter."""
+        """64 hexadecimal digits that tell the weights apart: UNet, text encoder, adapter and words."""
         digest = hashlib.sha256(base_fingerprint(self.unet, self.text_encoder).encode())
-        digest.update(base_fingerprint(self.adapter, self.text_encoder).encode())
+        for part in (self.adapter, self.words):
+            if part is not None:
+                digest.update(base_fingerprint(part, self.text_encoder).encode())
         return digest.hexdigest()
 
     def _plain_base(self) -> tuple[UNet2DConditionModel, CLIPTextModel]:

@@ -9,7 +9,7 @@ averaged over that subject's tokens, exact and with gradients, without ever hold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,16 +32,20 @@ class AttentionMapRecorder:
         self.maps: dict[str, Tensor] = {}  # layer name -> (B, heads, S, query tokens), values 0..1
 
 
-class RecordingAttnProcessor(AttnProcessor2_0):
-    """Stock attention that also writes maps when a recorder comes along.
+LayerContext = Callable[[int, Tensor], Tensor]  # layer, (B, T, C) what enters it -> (B, L, D), `layer_contexts.py`
 
-    Without a layer name it only accepts the recorder and ignores it: diffusers warns at every call of every layer whose
-    processor does not name an argument.
+
+class RecordingAttnProcessor(AttnProcessor2_0):
+    """Stock attention that also writes maps when a recorder comes along, and takes its context from `layer_contexts`.
+
+    Without a layer name it only accepts the recorder and ignores it, without an index likewise the contexts: diffusers
+    warns at every call of every layer whose processor does not name an argument.
     """
 
-    def __init__(self, layer: str | None = None) -> None:
+    def __init__(self, layer: str | None = None, index: int | None = None) -> None:
         super().__init__()
         self.layer = layer
+        self.index = index  # among the cross-attention layers, in the order the UNet runs them
 
     def __call__(
         self,
@@ -51,7 +55,10 @@ class RecordingAttnProcessor(AttnProcessor2_0):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         recorder: AttentionMapRecorder | None = None,
+        layer_contexts: LayerContext | None = None,
     ) -> Tensor:
+        if layer_contexts is not None and self.index is not None:
+            encoder_hidden_states = layer_contexts(self.index, hidden_states)  # (B, L, D)
         if recorder is None or self.layer is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         assert encoder_hidden_states is not None, "only cross-attention layers are given a name"
@@ -111,18 +118,30 @@ def supervised_layers(unet: UNet2DConditionModel) -> list[str]:
     Raises:
         ValueError: the UNet has fewer than three groups with cross-attention.
     """
-    groups = [f"down_blocks.{index}" for index in range(len(unet.down_blocks))]
-    groups += ["mid_block"] + [f"up_blocks.{index}" for index in range(len(unet.up_blocks))]
-    names = _attention_names(unet, ".attn2")
-    layers = [[name for name in names if name.startswith(f"{group}.")] for group in groups]
-    layers = [group for group in layers if group]
+    layers = _layers_by_group(unet)
     if len(layers) < 3:
         raise ValueError(f"attention maps: {len(layers)} block groups hold cross-attention, at least 3 are needed")
     return [name for group in layers[1:-1] for name in group]
 
 
+def cross_attention_layers(unet: UNet2DConditionModel) -> list[str]:
+    """Names of all cross-attention layers in the order the UNet runs them: down, middle, up; 16 at SD size."""
+    return [name for group in _layers_by_group(unet) for name in group]
+
+
+def install_layer_contexts(unet: UNet2DConditionModel) -> None:
+    """Let the UNet accept `layer_contexts`; does nothing where `install_recording` did so before, which keeps its maps.
+
+    Raises:
+        ValueError: a layer whose processor is not the stock one and would be lost.
+    """
+    layers = (unet.get_submodule(name) for name in cross_attention_layers(unet))
+    if not all(type(layer.processor) is RecordingAttnProcessor for layer in layers):
+        install_recording(unet, layers=())
+
+
 def install_recording(unet: UNet2DConditionModel, layers: Sequence[str] | None = None) -> None:
-    """Let the UNet accept a recorder; its output stays that of stock attention.
+    """Let the UNet accept a recorder and layer contexts; its output stays that of stock attention.
 
     Install after anything that brings its own attention processors (IP-Adapter).
 
@@ -136,13 +155,23 @@ def install_recording(unet: UNet2DConditionModel, layers: Sequence[str] | None =
     unknown = sorted(set(recorded) - set(_attention_names(unet, ".attn2")))
     if unknown:
         raise ValueError(f"attention maps: {unknown[0]} is no cross-attention layer of this UNet")
+    indices = {name: index for index, name in enumerate(cross_attention_layers(unet))}
     for name in [*_attention_names(unet, ".attn1"), *_attention_names(unet, ".attn2")]:
         attention = unet.get_submodule(name)
         assert isinstance(attention, Attention)
         if type(attention.processor) not in (AttnProcessor2_0, RecordingAttnProcessor):
             kind = type(attention.processor).__name__
             raise ValueError(f"attention maps: {name} has a {kind}; recording replaces stock processors only")
-        attention.set_processor(RecordingAttnProcessor(name if name in recorded else None))
+        attention.set_processor(RecordingAttnProcessor(name if name in recorded else None, indices.get(name)))
+
+
+def _layers_by_group(unet: UNet2DConditionModel) -> list[list[str]]:
+    """Cross-attention layers of each block group that has any, in the order of execution."""
+    groups = [f"down_blocks.{index}" for index in range(len(unet.down_blocks))]
+    groups += ["mid_block"] + [f"up_blocks.{index}" for index in range(len(unet.up_blocks))]
+    names = _attention_names(unet, ".attn2")
+    layers = [[name for name in names if name.startswith(f"{group}.")] for group in groups]
+    return [group for group in layers if group]
 
 
 def _attention_names(unet: UNet2DConditionModel, ending: str) -> list[str]:

@@ -14,29 +14,38 @@ from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from model.attention_maps import AttentionMapRecorder
+from model.attention_maps import AttentionMapRecorder, cross_attention_layers, install_layer_contexts
 from model.inputs import SubjectInputs
+from model.layer_contexts import LayerContexts, encode_layer_contexts
+from model.learned_words import LearnedWords
 from model.subject_adapter import SubjectAdapter, SubjectCondition
-from model.text_fusion import encode_prompt
+from model.text_fusion import PromptEmbeddings, embed_prompt, encode_embeddings
 
 
 class SubjectDiffusionModel(nn.Module):
-    """A stock base with the adapter attached.
+    """A stock base with the adapter attached, and learned words where there are any.
 
     Args:
         unet: plain UNet; the adapter hooks into it, its own parameters stay as they are.
         text_encoder: stock CLIP text model.
-        adapter: made for this UNet.
+        adapter: made for this UNet; None: a plain base, which draws no subjects from references.
+
+    `words` may be set and taken away at any time; its parameters are the model's while it is there.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, adapter: SubjectAdapter) -> None:
+    words: LearnedWords | None
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, adapter: SubjectAdapter | None) -> None:
         super().__init__()
+        self.words = None
+        self.unet, self.text_encoder, self.adapter = unet, text_encoder, adapter
+        if adapter is None:
+            return
         if text_encoder.config.hidden_size != adapter.config["text_dim"]:
             raise ValueError(
                 f"subject adapter: the text encoder is {text_encoder.config.hidden_size} wide, "
                 f"the adapter was made for {adapter.config['text_dim']}"
             )
-        self.unet, self.text_encoder, self.adapter = unet, text_encoder, adapter
         adapter.attach(unet)
 
     def encode(
@@ -45,6 +54,8 @@ class SubjectDiffusionModel(nn.Module):
         latent_size: tuple[int, int],
         beta: float = 1.0,
         inference: bool = False,
+        valid: Tensor | None = None,
+        adaptive_factor: Tensor | None = None,
     ) -> tuple[Tensor, SubjectCondition]:
         """Text and subjects of B pictures, as the UNet takes them.
 
@@ -53,21 +64,69 @@ class SubjectDiffusionModel(nn.Module):
             latent_size: (h, w) of the latents.
             beta: factor on the adapter's residuals.
             inference: compute the fusers' keys and values now, and let them skip rows without subjects.
+            valid, adaptive_factor: for adaptive words, as in `layer_contexts.encode_layer_contexts`.
         Returns:
             context (B, L, D) and the condition of the same B rows.
         """
-        embedding = self.text_encoder.embeddings.token_embedding
+        adapter, words = self.adapter, self.words
+        embedded = self._embed(inputs)
+        context, layer_contexts = None, None
+        if words is not None and words.num_layers is not None and bool(words.holds_layerwise(inputs.input_ids).any()):
+            layer_contexts = self._layer_contexts(words, inputs, embedded, valid, adaptive_factor)
+            context = layer_contexts.plain
+        else:
+            context = encode_embeddings(self.text_encoder, embedded)  # (B, L, D)
+        if adapter is None:
+            condition = _no_subjects(context, latent_size)
+        else:
+            condition = adapter.condition(inputs, latent_size, beta=beta, skip_null_rows=inference)
+            condition = adapter.precompute(condition) if inference else condition
+        condition.layer_contexts = layer_contexts
+        return context, condition
+
+    def _embed(self, inputs: SubjectInputs) -> PromptEmbeddings:
+        """Prompts with concepts and learned words; of layerwise words the first layer's."""
+        words = None
+        if self.words is not None:
+            words = self.words.word_rows(None if self.words.num_layers is None else 0)
+        if self.adapter is None:
+            if bool(inputs.subject_keep.any()):
+                raise ValueError("this model has no subject adapter and draws no subjects from references")
+            return embed_prompt(self.text_encoder, inputs.input_ids, None, inputs.placeholder_positions, words=words)
         config = self.adapter.config
-        context = encode_prompt(
+        return embed_prompt(
             self.text_encoder,
             inputs.input_ids,
-            self.adapter.concepts(inputs, embedding),  # (B, S, D)
+            self.adapter.concepts(inputs, self.text_encoder.embeddings.token_embedding),  # (B, S, D)
             inputs.placeholder_positions,
             fusion=config["fusion"],
             scale=config["fusion_scale"],
-        )  # (B, L, D)
-        condition = self.adapter.condition(inputs, latent_size, beta=beta, skip_null_rows=inference)
-        return context, self.adapter.precompute(condition) if inference else condition
+            words=words,
+        )
+
+    def _layer_contexts(
+        self,
+        words: LearnedWords,
+        inputs: SubjectInputs,
+        embedded: PromptEmbeddings,
+        valid: Tensor | None,
+        adaptive_factor: Tensor | None,
+    ) -> LayerContexts:
+        layers = [self.unet.get_submodule(name) for name in cross_attention_layers(self.unet)]
+        if len(layers) != words.num_layers:
+            raise ValueError(
+                f"learned words: made for {words.num_layers} cross-attention layers, this UNet has {len(layers)}"
+            )
+        install_layer_contexts(self.unet)
+        return encode_layer_contexts(
+            self.text_encoder,
+            words,
+            layers,
+            inputs.input_ids,
+            embedded,
+            valid=valid,
+            adaptive_factor=adaptive_factor,
+        )
 
     def denoise(
         self,
@@ -88,13 +147,20 @@ class SubjectDiffusionModel(nn.Module):
         Returns:
             (B, C, h, w).
         """
-        attention = {**(kwargs.pop("cross_attention_kwargs", None) or {}), "gligen": {"objs": condition}}
+        attention = dict(kwargs.pop("cross_attention_kwargs", None) or {})
+        if self.adapter is not None:
+            attention["gligen"] = {"objs": condition}
+        contexts = condition.layer_contexts
+        if contexts is not None and contexts.adaptive is not None:
+            contexts = contexts.at(self.unet.time_embedding(self.unet.get_time_embed(latents, timesteps)))  # as it does
+        if contexts is not None:
+            attention["layer_contexts"] = contexts
         return self.unet(
             latents,
             timesteps,
             encoder_hidden_states=context,
-            cross_attention_kwargs=attention,
             return_dict=False,
+            **({"cross_attention_kwargs": attention} if attention else {}),
             **kwargs,
         )[0]  # (B, C, h, w)
 
@@ -117,7 +183,7 @@ class SubjectDiffusionModel(nn.Module):
         """Let exactly the named parameters take gradients.
 
         Args:
-            patterns: regular expressions, matched in full against `unet.…`, `text_encoder.…`, `adapter.…`.
+            patterns: regular expressions, matched in full against `unet.…`, `text_encoder.…`, `adapter.…`, `words.…`.
         Returns:
             The names that matched, in the model's order.
         Raises:
@@ -136,3 +202,14 @@ class SubjectDiffusionModel(nn.Module):
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in matched)
         return [name for name in parameters if name in matched]
+
+
+def _no_subjects(context: Tensor, latent_size: tuple[int, int]) -> SubjectCondition:
+    """The condition of B rows of a plain base; no fuser reads it."""
+    rows = len(context)
+    return SubjectCondition(
+        tokens=context.new_zeros(rows, 0, context.shape[-1]),
+        keep=None,
+        factor=context.new_zeros(rows),
+        location=context.new_zeros(rows, 1, *latent_size),
+    )

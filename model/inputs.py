@@ -90,18 +90,20 @@ def drop_conditions(inputs: SubjectInputs, drop: Tensor) -> SubjectInputs:
     )
 
 
-def draw_drops(count: int, table: dict[Drop, float], generator: torch.Generator) -> Tensor:
-    """Draw one `Drop` per sample from `table` (shares that sum to at most 1; the rest is `Drop.NOTHING`).
+def draw_drops(uniform: Tensor, table: dict[Drop, float]) -> Tensor:
+    """Turn one random number a sample into one `Drop`, by `table`.
 
+    Args:
+        uniform: (B,) numbers in [0, 1).
+        table: shares that sum to at most 1; the rest is `Drop.NOTHING`.
     Returns:
-        (count,) int64 codes.
+        (B,) int64 codes.
     Raises:
         ValueError: shares negative or summing to more than 1.
     """
     if min(table.values(), default=0.0) < 0 or sum(table.values()) > 1 + 1e-6:
         raise ValueError(f"condition dropout {table}: shares must be at least 0 and sum to at most 1")
-    uniform = torch.rand(count, generator=generator)  # (count,)
-    codes = torch.full((count,), int(Drop.NOTHING))
+    codes = torch.full_like(uniform, int(Drop.NOTHING), dtype=torch.int64)
     start = 0.0
     for kind, share in table.items():
         codes[(uniform >= start) & (uniform < start + share)] = int(kind)

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+
 
 def load_open_clip(folder: Path) -> tuple[open_clip.CLIP, dict[str, Any]]:
     """A CLIP model from an open_clip folder (`open_clip_config.json`, `open_clip_model.safetensors`), and its
@@ -24,13 +26,11 @@ def load_open_clip(folder: Path) -> tuple[open_clip.CLIP, dict[str, Any]]:
         ValueError: the folder does not hold such a model.
     """
     try:
-        config = json.loads((folder / "open_clip_config.json").read_text())
+        config = json.loads((folder / OPEN_CLIP_CONFIG).read_text())
         model_config = config["model_cfg"]
         state = load_file(folder / "open_clip_model.safetensors")
     except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{folder}: no open_clip folder ({error}); expected config and weights"
-        ) from error
+        raise ValueError(f"{folder}: no open_clip folder ({error}); expected config and weights") from error
     clip = open_clip.CLIP(**model_config)
     clip.load_state_dict(state)
     return clip, config

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.models import UNet2DConditionModel
@@ -18,11 +18,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from model.composition import SubjectDiffusionModel
 from model.inputs import Drop, SubjectInputs, drop_conditions
-from model.text_fusion import encode_prompt
-
-if TYPE_CHECKING:
-    from model.composition import SubjectDiffusionModel
+from model.learned_words import LearnedWords
 
 Guidance = Literal["separate", "joint", "none"]
 OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
@@ -137,7 +135,7 @@ def denoise(
         if drawn_by not in predictors:
             if drawn_by == "plain":
                 assert plain is not None
-                predictors[drawn_by] = _plain_predictor(*plain, inputs, guidance)
+                predictors[drawn_by] = _plain_predictor(*plain, model.words, inputs, guidance, latent_size)
             else:
                 predictors[drawn_by] = _subject_predictor(
                     model, branch_inputs(inputs, guidance_branches(guidance, drawn_by == "subjects")), latent_size, beta
@@ -183,20 +181,16 @@ def _subject_predictor(
 def _plain_predictor(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
+    words: LearnedWords | None,
     inputs: SubjectInputs,
     guidance: Guidance,
+    latent_size: tuple[int, int],
 ) -> NoisePredictor:
-    """The base by itself: its own text encoder on the plain caption, stock UNet call."""
+    """The base by itself: its own text encoder on the plain caption (learned words stay), stock UNet call."""
+    base = SubjectDiffusionModel(unet, text_encoder, adapter=None)
+    base.words = words
     plain = branch_inputs(inputs, guidance_branches(guidance, subjects=False))
-    context = encode_prompt(text_encoder, plain.input_ids, None, plain.placeholder_positions)  # (rows, L, D)
-
-    def predict(latents: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
-        num_branches = len(context) // len(latents)
-        rows = latents.to(context.dtype).repeat(num_branches, 1, 1, 1)  # (rows, C, h, w)
-        predicted = unet(rows, timestep.expand(len(rows)), encoder_hidden_states=context, return_dict=False)[0]
-        return predicted.chunk(num_branches)
-
-    return predict
+    return _subject_predictor(base, plain, latent_size, beta=0.0)
 
 
 def _guide(predictions: tuple[Tensor, ...], text_scale: float, subject_scale: float) -> Tensor:

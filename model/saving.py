@@ -76,6 +76,7 @@ def save_subject_model(
     tokenizer: Any = None,
     scheduler: Any = None,
     dtype: torch.dtype | None = None,
+    fingerprint: str | None = None,
 ) -> None:
     """Write a subject model.
 
@@ -89,6 +90,8 @@ def save_subject_model(
         parts: `trained` or `all`.
         vae, tokenizer, scheduler: needed for `all`.
         dtype: of the files; None keeps that of the weights.
+        fingerprint: `base_fingerprint` of the base's frozen tensors, where the model holds them rounded; None: of those
+            it holds.
     Raises:
         ValueError: `all` without one of its parts; a trained name that the model does not have.
     """
@@ -108,11 +111,16 @@ def save_subject_model(
     if parts == "all":
         _write_index(folder)
     else:
-        _save_trained(folder, model, base, trained, dtype)
+        _save_trained(folder, model, base, trained, dtype, fingerprint)
 
 
 def _save_trained(
-    folder: Path, model: SubjectDiffusionModel, base: str, trained: Sequence[str], dtype: torch.dtype | None
+    folder: Path,
+    model: SubjectDiffusionModel,
+    base: str,
+    trained: Sequence[str],
+    dtype: torch.dtype | None,
+    fingerprint: str | None,
 ) -> None:
     tensors = _base_tensors(model.unet, model.text_encoder)
     names = [name for name in trained if not name.startswith("adapter.")]  # the adapter is saved whole
@@ -125,7 +133,7 @@ def _save_trained(
     manifest = {
         "format_version": FORMAT_VERSION,
         "base": base,
-        "base_fingerprint": base_fingerprint(model.unet, model.text_encoder, without=set(names)),
+        "base_fingerprint": fingerprint or base_fingerprint(model.unet, model.text_encoder, without=set(names)),
         "trained": names,
     }
     # Written last: the sign of completion.

@@ -1,4 +1,4 @@
-"""Find the models that a run stands on: an earlier run's export, or any folder."""
+"""Find the exports of earlier runs that a run stands on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from data_pipeline.errors import UserError
 from train.settings import TrainSettings
 
 
+def exported(settings: TrainSettings, name: str) -> Path:
+    """Where the run of that name puts its export, whether it is there yet or not."""
+    return settings.runs_dir.expanduser() / name / "export"
+
+
 def input_folder(settings: TrainSettings, part: str) -> Path:
-    """The folder of `settings.inputs[part]`.
+    """The folder of `settings.inputs[part]`, a run's name or a folder.
 
     Raises:
         UserError: the part is not named in the settings, or has not been trained yet.
@@ -17,8 +22,7 @@ def input_folder(settings: TrainSettings, part: str) -> Path:
     if part not in settings.inputs:
         raise UserError(f"inputs.{part}: task {settings.task} needs it; give a run's name (toybox/{part}) or a folder")
     name = settings.inputs[part]
-    exported = settings.runs_dir.expanduser() / name / "export"
-    for folder in (exported, Path(name).expanduser()):
+    for folder in (exported(settings, name), Path(name).expanduser()):
         if folder.is_dir():
             return folder
-    raise UserError(f"inputs.{part}: neither {exported} nor the folder {name} exists; train it first")
+    raise UserError(f"inputs.{part}: neither {exported(settings, name)} nor the folder {name} exists; train it first")

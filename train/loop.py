@@ -1,49 +1,38 @@
 """The training loop, one for every model: batch -> loss -> optimiser -> EMA -> log -> checkpoint -> validation.
 
-All that is trained sits in one module, the data position is a function of the step, and the random numbers of a step
-come from (seed, rank, step): to resume after any kill, run the same command again.
+All that is trained sits in one module, the data position is a function of the step, and the random numbers of a sample
+come from the seed and its number: to resume after any kill, run the same command again.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from data_pipeline.errors import UserError
 from data_pipeline.settings import write_settings
+from train.averaging import AveragedWeights
 from train.checkpoints import read_checkpoint, write_checkpoint
+from train.draws import SampleDraws
+from train.faults import FaultWatch, leave_signals_to_the_loop
+from train.optimizers import build_optimizer
+from train.profiling import ProfileWindow
+from train.reporting import Report, learning_rates
+from train.run_state import RunState
 from train.schedule import learning_rate_factor
-from train.settings import TrainSettings
+from train.settings import RunSettings, TrainSettings
+from train.strategies import finish_step, open_accelerator, plain_module, prepare
+from train.stream import Resumable
 from train.tasks import Task, build_task
 
-
-class StepBatches(Sampler[list[int]]):
-    """Sample indices by arithmetic: step s of rank r takes the r-th slice of samples [s·B·world, (s+1)·B·world)."""
-
-    def __init__(self, first_step: int, last_step: int, batch_size: int, rank: int, world: int) -> None:
-        self.steps = range(first_step, last_step)
-        self.batch_size, self.rank, self.world = batch_size, rank, world
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            start = (step * self.world + self.rank) * self.batch_size
-            yield list(range(start, start + self.batch_size))
+Build = Callable[[Any, torch.device], Task]
 
 
 def train(settings: TrainSettings) -> Path:
@@ -54,219 +43,189 @@ def train(settings: TrainSettings) -> Path:
     Raises:
         UserError: inputs missing, a checkpoint that does not fit, a full disk, or a loss that stays non-finite.
     """
-    accelerator = _accelerator(settings)
+    return run_loop(settings, lambda device: build_task(settings, device))
+
+
+def run_loop(settings: RunSettings, build: Callable[[torch.device], Task]) -> Path:
+    """The loop around any task, as `train` with `build` giving the task on its device."""
+    accelerator = open_accelerator(settings)
+    if accelerator.device.type == "cuda" and settings.engine.tf32:
+        torch.set_float32_matmul_precision("high")
     torch.manual_seed(settings.seed)
-    task = build_task(settings, accelerator.device)
-    module: nn.Module = task.module
-    if settings.channels_last:
-        module = module.to(memory_format=torch.channels_last)
-    module = module.to(accelerator.device)
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained,
-        lr=settings.optimizer.learning_rate,
-        betas=(0.9, settings.optimizer.beta2),
-        weight_decay=settings.optimizer.weight_decay,
-    )
-    ema = {n: p.detach().float().clone() for n, p in module.named_parameters() if p.requires_grad}
-    done = read_checkpoint(settings.folder / "checkpoints", module, ema, optimizer)
-    wrapped, optimizer = accelerator.prepare(module, optimizer)
-    run = _Run(settings, accelerator, task, module, wrapped, optimizer, trained, ema)
+    task = build(accelerator.device)
+    state = _begin(settings, accelerator, task)
     if accelerator.is_main_process:
         settings.folder.mkdir(parents=True, exist_ok=True)
         write_settings(settings, settings.folder / "settings.yaml")
-        count = sum(parameter.numel() for parameter in trained)
-        print(
-            f"{settings.name}: {count:,} trained parameters, {settings.steps:,} steps of {run.samples_a_step} samples "
-            f"on {accelerator.device} x {accelerator.num_processes}; "
-            + (f"resumes at step {done:,}" if done else "from nothing")
-        )
-    run.go(done)
+        print(_opening(settings, accelerator, state))
+    run = _Run(settings, accelerator, task, state)
+    with run.faults:
+        run.go()
+    accelerator.end_training()
     return settings.folder / "export"
 
 
-def _accelerator(settings: TrainSettings) -> Accelerator:
-    # Some parameters get no gradient in a step whose conditions were all dropped.
-    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    if not torch.cuda.is_available() and "WORLD_SIZE" in os.environ:
-        # Without it, every process of a CPU run believes that it is alone.
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    return Accelerator(mixed_precision=settings.precision, cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
+def _begin(settings: RunSettings, accelerator: Accelerator, task: Task) -> RunState:
+    """Everything that resumes, at the newest checkpoint or at nothing."""
+    module = task.module
+    if settings.engine.channels_last:
+        module = module.to(memory_format=torch.channels_last)
+    module = module.to(accelerator.device)
+    wrapped, optimizer = prepare(accelerator, module, build_optimizer(module, settings.optimizer))
+    state = RunState(module, wrapped, optimizer, AveragedWeights(module, settings.ema))
+    done = read_checkpoint(settings.folder / "checkpoints", state, accelerator)
+    if done and state.position:
+        cast(Resumable, task.dataset).resume(state.position, done * settings.accumulate)
+    return state
+
+
+def _opening(settings: RunSettings, accelerator: Accelerator, state: RunState) -> str:
+    parameters = [p for p in state.module.parameters() if p.requires_grad]
+    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+    samples = settings.batch_size * settings.accumulate * accelerator.num_processes
+    return (
+        f"{settings.name}: {count:,} trained parameters, {settings.steps:,} steps of {samples} samples on "
+        f"{accelerator.device} x {accelerator.num_processes}, {settings.engine.strategy}; "
+        + (f"resumes at step {state.step:,}" if state.step else "from nothing")
+    )
+
+
+class StepBatches(Sampler[list[int]]):
+    """Sample numbers by arithmetic: forward pass p of process r takes the B samples from (p · processes + r) · B on."""
+
+    def __init__(self, passes: range, batch_size: int, process: int, processes: int) -> None:
+        self.passes, self.batch_size, self.process, self.processes = passes, batch_size, process, processes
+
+    def __len__(self) -> int:
+        return len(self.passes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(self.numbers(number)) for number in self.passes)
+
+    def numbers(self, number: int) -> range:
+        """The samples of one forward pass."""
+        first = (number * self.processes + self.process) * self.batch_size
+        return range(first, first + self.batch_size)
+
+
+class _Pass(NamedTuple):
+    """One forward pass, for those who look for what went wrong in it."""
+
+    loss: Tensor
+    keys: Sequence[str]
 
 
 class _Run:
-    """The moving parts of one run, so that each job below is a short method."""
+    """One run from `state.step` on; each job below is a short method."""
 
-    def __init__(
-        self,
-        settings: TrainSettings,
-        accelerator: Accelerator,
-        task: Task,
-        module: nn.Module,
-        wrapped: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        trained: list[nn.Parameter],
-        ema: dict[str, Tensor],
-    ) -> None:
-        self.settings, self.accelerator, self.task = settings, accelerator, task
-        self.module, self.wrapped, self.optimizer, self.trained, self.ema = module, wrapped, optimizer, trained, ema
-        self.samples_a_step = settings.batch_size * settings.accumulate * accelerator.num_processes
-        self.stop_asked = False
-        self.skipped_in_a_row = 0
-        self.sums: dict[str, float] = {}
-        self.summed = 0
-
-    def go(self, done: int) -> None:
-        previous = signal.signal(signal.SIGTERM, self._ask_stop)
-        try:
-            self._steps(done)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-        if self.accelerator.is_main_process and not self.stop_asked:
-            self._export()
-
-    def _ask_stop(self, number: int, frame: FrameType | None) -> None:
-        self.stop_asked = True
-
-    def _steps(self, done: int) -> None:
-        settings, main = self.settings, self.accelerator.is_main_process
-        batches = iter(self._loader(done))
-        progress = tqdm(
-            total=settings.steps, initial=done, disable=not main, mininterval=10, unit="step", desc=settings.name
-        )
-        clock, waited = time.perf_counter(), 0.0
-        for step in range(done, settings.steps):
-            waited += self._step(step, batches)
-            progress.update()
-            finished = step + 1
-            if main and finished % settings.log_every == 0:
-                elapsed = time.perf_counter() - clock
-                self._log(finished, elapsed, waited)
-                clock, waited = time.perf_counter(), 0.0
-            last = finished == settings.steps
-            if main and (finished % settings.checkpoint_every == 0 or last or self.stop_asked):
-                write_checkpoint(
-                    settings.folder / "checkpoints",
-                    finished,
-                    self.module,
-                    self.ema,
-                    self._raw_optimizer(),
-                    keep=settings.checkpoints_kept,
-                )
-            if main and (finished % settings.validate_every == 0 or last):
-                self._validate(finished)
-            if self.stop_asked:
-                progress.write(f"{settings.name}: asked to stop; checkpoint written at step {finished:,}")
-                break
-        progress.close()
-
-    def _loader(self, done: int) -> DataLoader[Any]:
-        settings = self.settings
-        sampler = StepBatches(
-            done * settings.accumulate, settings.steps * settings.accumulate, settings.batch_size,
-            self.accelerator.process_index, self.accelerator.num_processes,
+    def __init__(self, settings: RunSettings, accelerator: Accelerator, task: Task, state: RunState) -> None:
+        self.settings, self.accelerator, self.task, self.state = settings, accelerator, task, state
+        self.report = Report(settings, accelerator, done=state.step)
+        self.faults = FaultWatch(settings, accelerator, skipped=state.skipped)
+        self.profile = ProfileWindow(settings, accelerator)
+        passes = range(state.step * settings.accumulate, settings.steps * settings.accumulate)
+        self.sampler = StepBatches(
+            passes, settings.batch_size, accelerator.process_index, accelerator.num_processes
         )  # fmt: skip
+        self.norm = 0.0  # of the last step's gradients
+
+    def go(self) -> None:
+        batches = iter(self._loader())
+        main = self.accelerator.is_main_process
+        progress = tqdm(
+            total=self.settings.steps, initial=self.state.step, disable=not main, mininterval=10, unit="step",
+            desc=self.settings.name,
+        )  # fmt: skip
+        while self.state.step < self.settings.steps and not self.faults.stop:
+            self._step(batches)
+            progress.update()
+            self._after_step()
+        progress.close()
+        self.profile.close()
+        if self.faults.stop and main:
+            why = f"minutes={self.settings.minutes:g} are over" if self.faults.stop == "minutes" else self.faults.stop
+            print(f"{self.settings.name}: {why}; checkpoint written at step {self.state.step:,}")
+        if self.faults.stop in (None, "minutes"):  # after a signal there is no time for more
+            self._export()
+        self.report.close()
+
+    def _loader(self) -> DataLoader[Any]:
         workers = self.task.loader_workers
         return DataLoader(
-            self.task.dataset, batch_sampler=sampler, num_workers=workers, collate_fn=self.task.collate,
+            self.task.dataset, batch_sampler=self.sampler, num_workers=workers, collate_fn=self.task.collate,
             prefetch_factor=4 if workers else None, persistent_workers=workers > 0,
+            worker_init_fn=leave_signals_to_the_loop, pin_memory=self.accelerator.device.type == "cuda",
         )  # fmt: skip
 
-    def _step(self, step: int, batches: Iterator[Any]) -> float:
-        """One optimiser step; returns the seconds spent waiting for data."""
-        settings, waited = self.settings, 0.0
-        rate = settings.optimizer.learning_rate * learning_rate_factor(step, settings.steps, settings.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        for part in range(settings.accumulate):
-            start = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - start
-            seed = hash((settings.seed, self.accelerator.process_index, step * settings.accumulate + part)) & (
-                2**62 - 1
+    def _step(self, batches: Iterator[Any]) -> None:
+        """One optimiser step, applied or skipped."""
+        settings, state = self.settings, self.state
+        self.profile.before(state.step)
+        factor = learning_rate_factor(state.step, settings.steps, settings.optimizer)
+        for group in state.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        with self.report.flops.counting():
+            passes = [self._forward_backward(part, batches) for part in range(settings.accumulate)]
+            self.norm, applied = finish_step(
+                self.accelerator, state.wrapped, state.optimizer, settings.optimizer.max_grad_norm
             )
-            generator = torch.Generator().manual_seed(seed)
-            with self.accelerator.autocast():
-                loss, metrics = self.wrapped(batch, generator, step)
-            self.accelerator.backward(loss / settings.accumulate)
-            for name, value in {"loss": loss, **metrics}.items():
-                self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
-            self.summed += 1
-        norm = self.accelerator.clip_grad_norm_(self.trained, settings.optimizer.max_grad_norm)
-        if torch.isfinite(torch.as_tensor(norm)):
-            self.optimizer.step()
-            self._update_ema(step)
-            self.skipped_in_a_row = 0
-        else:
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row >= 10:
-                raise UserError(
-                    f"{settings.name}: gradients were not finite in 10 steps on end (last: step {step}); "
-                    "lower optimizer.learning_rate"
-                )
-        self.optimizer.zero_grad(set_to_none=True)
-        return waited
+        if self.faults.after_step(state.step, applied, passes):
+            state.ema.update(state.step)
+        self.profile.after(state.step)
+        state.step += 1
+        state.skipped = self.faults.skipped
 
-    @torch.no_grad()
-    def _update_ema(self, step: int) -> None:
-        # The decay grows with the steps, so that young weights do not linger in the average (Karras et al. 2024, 3.1).
-        decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
-        parameters = dict(self.module.named_parameters())
-        torch._foreach_lerp_(list(self.ema.values()), [parameters[name].float() for name in self.ema], 1 - decay)
+    def _forward_backward(self, part: int, batches: Iterator[Any]) -> _Pass:
+        number = self.state.step * self.settings.accumulate + part
+        with self.report.waiting():
+            collated = next(batches)
+        numbers = self.sampler.numbers(number)
+        draws = SampleDraws(self.settings.seed, self.state.step, numbers)
+        batch = self.task.batch(collated)
+        with self.accelerator.accumulate(self.state.wrapped), self.accelerator.autocast():
+            loss, metrics = self.state.wrapped(batch, draws, self.state.step)
+            self.accelerator.backward(loss)
+        self.report.forward_pass({"loss": loss, **metrics})
+        return _Pass(loss.detach(), self.task.keys(collated) or [f"sample {one}" for one in numbers])
 
-    def _raw_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+    def _after_step(self) -> None:
+        """Log, checkpoint and validate where it is time; all processes call it."""
+        report, step = self.settings.report, self.state.step
+        last = step == self.settings.steps
+        if step % report.log_every == 0 or last:
+            rates = learning_rates(self.state.optimizer)
+            self.report.log(step, rates, skipped=self.state.skipped, gradient_norm=self.norm)
+        if step % report.checkpoint_every == 0 or last or self.faults.stop:
+            with self.report.away():
+                self._checkpoint()
+        if step % report.validate_every == 0 or last:
+            with self.report.away(), self._on_main_alone() as main:
+                if main:
+                    self._validate()
 
-    def _log(self, step: int, elapsed: float, waited: float) -> None:
-        settings = self.settings
-        row: dict[str, float] = {"step": step, "samples": step * self.samples_a_step}
-        row |= {name: total / self.summed for name, total in self.sums.items()}
-        row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        row["samples_per_second"] = settings.log_every * self.samples_a_step / elapsed
-        row["data_wait_share"] = waited / elapsed
-        self.sums, self.summed = {}, 0
-        with open(settings.folder / "log.jsonl", "a") as handle:
-            handle.write(json.dumps({key: float(f"{value:.6g}") for key, value in row.items()}) + "\n")
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in ("step", "samples"))
-        tqdm.write(f"{settings.name}  step {step:,}/{settings.steps:,}  {shown}")
+    def _checkpoint(self) -> None:
+        if hasattr(self.task.dataset, "position"):
+            position = cast(Resumable, self.task.dataset).position(self.state.step * self.settings.accumulate)
+            self.state.position = position
+        folder, keep = self.settings.folder / "checkpoints", self.settings.report.checkpoints_kept
+        write_checkpoint(folder, self.state, self.accelerator, keep)
 
-    def _validate(self, step: int) -> None:
+    def _validate(self) -> None:
         folder = self.settings.folder / "validation"
         folder.mkdir(parents=True, exist_ok=True)
-        with self._averaged():
-            metrics = self.task.validate(folder / f"step-{step:08d}.png")
-        with open(self.settings.folder / "validation.jsonl", "a") as handle:
-            handle.write(json.dumps({"step": step, **metrics}) + "\n")
-        tqdm.write(
-            f"{self.settings.name}  step {step:,}  validation  " + "  ".join(f"{n} {v:.4g}" for n, v in metrics.items())
-        )
+        picture = folder / f"step-{self.state.step:08d}.png"
+        self.report.validation(self.state.step, self.task.validate(picture), picture)
 
     def _export(self) -> None:
-        with self._averaged():
-            self.task.export(self.settings.folder / "export")
-        print(f"{self.settings.name}: weights in {self.settings.folder / 'export'}")
+        folder = self.settings.folder / "export"
+        with self._on_main_alone() as main:
+            if main:
+                self.task.export(folder)
+                print(f"{self.settings.name}: weights in {folder}")
 
-    def _averaged(self) -> _Averaged:
-        return _Averaged(self.module, self.ema)
-
-
-class _Averaged:
-    """Inside this context the module holds the EMA weights and is in evaluation mode."""
-
-    def __init__(self, module: nn.Module, ema: dict[str, Tensor]) -> None:
-        self.module, self.ema = module, ema
-
-    @torch.no_grad()
-    def __enter__(self) -> None:
-        parameters = dict(self.module.named_parameters())
-        self.kept = {name: parameters[name].detach().clone() for name in self.ema}
-        for name, value in self.ema.items():
-            parameters[name].copy_(value)
-        self.module.eval()
-
-    @torch.no_grad()
-    def __exit__(self, *exception: object) -> None:
-        parameters = dict(self.module.named_parameters())
-        for name, value in self.kept.items():
-            parameters[name].copy_(value)
-        self.module.train()
+    @contextmanager
+    def _on_main_alone(self) -> Iterator[bool]:
+        """The averaged weights are in the module; what the main process does inside needs none of the others."""
+        with self.state.ema.averaged(), plain_module(self.accelerator, self.state.wrapped):
+            yield self.accelerator.is_main_process
+            self.faults.wait()

@@ -25,7 +25,7 @@ holds only what was trained, {parameters:,} parameters; the base is loaded by na
 |---|---|
 | data | {data} |
 | steps | {steps:,} of {batch} samples ({samples:,} samples) |
-| time | {hours:.2f} h on {device}, loading and validation not counted |
+| time | {hours:.2f} h on {device}, checkpoints and validation not counted |
 | settings | `settings.yaml` of the run: learning rate {rate:g}, EMA {ema:g}, attention-map loss {attention:g} |
 
 ## Measures
@@ -64,21 +64,21 @@ def write_card(settings: TrainSettings, base: str, parameters: int, device: str)
     last = max((int(row["step"]) for row in log), default=0)
     samples = max((int(row["samples"]) for row in log), default=0)
     each = samples / last if last else 0
-    seconds = sum(settings.log_every * each / row["samples_per_second"] for row in log)
+    before = [0.0, *(row["samples"] for row in log)]
+    seconds = sum((row["samples"] - b) / row["samples_per_second"] for row, b in zip(log, before, strict=False))
     measures = [f"| {row['step']:,} | {row['loss']:.4f} | {row['loss_without_subjects']:.4f} |" for row in validation]
     return _CARD.format(
         license="apache-2.0" if toybox else "openrail++",
         base=base,
         parameters=parameters,
-        data="toybox scenes, seed "
-        + f"{settings.data.seed}, split {settings.data.split} (held-out families never seen)",
+        data=_data(settings),
         steps=last,
         batch=f"{each:g}",
         samples=samples,
         hours=seconds / 3600,
         device=device,
         rate=settings.optimizer.learning_rate,
-        ema=settings.ema_decay,
+        ema=settings.ema.decay,
         attention=settings.diffusion.attention_loss_weight,
         measures="\n".join(measures[-8:]),
         limits=_TOYBOX_LIMITS if toybox else _BASE_LIMITS,
@@ -86,6 +86,15 @@ def write_card(settings: TrainSettings, base: str, parameters: int, device: str)
         if toybox
         else "The base's licence (OpenRAIL-M) and its use restrictions carry over to these weights.",
     )
+
+
+def _data(settings: TrainSettings) -> str:
+    data = settings.data
+    names = [f"shards `{name}`" for name, source in data.shards.items() if source.weight]
+    weight = data.toybox.weight
+    if weight or (weight is None and not names):
+        names.append(f"toybox scenes, split {data.toybox.split} (held-out families never seen)")
+    return f"{', '.join(names)}; seed {data.seed}"
 
 
 def replace_section(card: Path, title: str, text: str) -> None:

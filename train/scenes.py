@@ -16,22 +16,28 @@ from train.settings import DataSettings
 
 
 def make_world(data: DataSettings, *, split: str | None = None, seed: int | None = None) -> ToyboxWorld:
-    """The world that `data` describes; another split or seed for validation.
+    """The world that `data.toybox` describes, for tasks that learn from it alone; other split or seed for validation.
 
     Raises:
-        UserError: shards are named, which this task cannot use.
+        UserError: shards are named, which such a task cannot use.
     """
-    if data.shards is not None:
-        raise UserError(f"data.shards={data.shards}: this task learns from toybox scenes; leave the key out")
+    if data.shards:
+        raise UserError(f"data.shards={', '.join(data.shards)}: this task learns from toybox scenes; leave the key out")
+    return toybox_world(data, split=split, seed=seed)
+
+
+def toybox_world(data: DataSettings, *, split: str | None = None, seed: int | None = None) -> ToyboxWorld:
+    """The world that `data.toybox` describes; another split, without procedural subjects, for validation."""
+    toybox = data.toybox
     return ToyboxWorld(
-        split or data.split,
+        split or toybox.split,
         seed=data.seed if seed is None else seed,
         size=data.size,
         reference_size=data.size,
-        min_subjects=data.min_subjects,
-        max_subjects=data.max_subjects,
-        references=data.references,
-        procedural_share=data.procedural_share if split is None else 0.0,
+        min_subjects=toybox.min_subjects,
+        max_subjects=toybox.max_subjects,
+        references=toybox.references,
+        procedural_share=toybox.procedural_share if split is None else 0.0,
     )
 
 
@@ -41,31 +47,11 @@ def as_tensor(picture: np.ndarray) -> Tensor:
 
 
 class World(Protocol):
-    """Where scenes come from: ToyboxWorld, ShardWorld."""
+    """Where scenes come from: ToyboxWorld."""
 
     def scene(self, index: int) -> Any:
         """Scene `index`: image, caption and entities."""
         ...
-
-
-def open_world(data: DataSettings, *, split: str | None = None, need_references: bool = True) -> World:
-    """The shards that `data` names, or the toybox.
-
-    Raises:
-        UserError: the shards cannot be used.
-    """
-    if data.shards is None:
-        return make_world(data, split=split)
-    from train.shard_scenes import ShardWorld
-
-    return ShardWorld(
-        data.shards,
-        split or data.split,
-        size=data.size,
-        seed=data.seed,
-        max_subjects=data.max_subjects,
-        need_references=need_references,
-    )
 
 
 class SceneDataset(Dataset[Any]):

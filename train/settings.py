@@ -157,30 +157,36 @@ class ModelOverrides(Settings):
     trained: tuple[str, ...] | None = None  # instead of the file's patterns
 
 
-class TrainSettings(Settings):
-    """One training run of one model."""
+class RunSettings(Settings):
+    """What the loop itself has to know of a run, whatever is trained."""
 
-    task: TaskName
     name: str  # the run's folder below runs_dir, e.g. toybox/vae
     runs_dir: Path = Path("~/.cache/subject-diffusion/runs")
-    model: Path = Path("configs/model/toybox.yaml")  # sizes of all models
-    override: ModelOverrides = ModelOverrides()  # of the model file
-    inputs: dict[str, str] = {}  # models this one stands on: {vae: toybox/vae}, a run's name, a folder or a hub id
     seed: int = 0
     steps: int = Field(gt=0)
+    minutes: float | None = Field(None, gt=0)  # stop after so long, with a checkpoint; null: after the last step
     batch_size: int = Field(32, gt=0)  # samples a process and forward pass
     accumulate: int = Field(1, gt=0)  # forward passes an optimiser step
-    data: DataSettings = DataSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     ema: EmaSettings = EmaSettings()
     engine: EngineSettings = EngineSettings()
     report: ReportSettings = ReportSettings()
-    diffusion: DiffusionSettings = DiffusionSettings()
-    options: dict[str, Any] = {}  # the task's own settings, checked by the task
 
     @property
     def folder(self) -> Path:
         return self.runs_dir.expanduser() / self.name
+
+
+class TrainSettings(RunSettings):
+    """One training run of one model."""
+
+    task: TaskName
+    model: Path = Path("configs/model/toybox.yaml")  # sizes of all models
+    override: ModelOverrides = ModelOverrides()  # of the model file
+    inputs: dict[str, str] = {}  # models this one stands on: {vae: toybox/vae}, a run's name, a folder or a hub id
+    data: DataSettings = DataSettings()
+    diffusion: DiffusionSettings = DiffusionSettings()
+    options: dict[str, Any] = {}  # the task's own settings, checked by the task
 
 
 class ModelSettings(Settings):

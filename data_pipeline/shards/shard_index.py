@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 
@@ -55,8 +56,7 @@ class ShardIndex:
         with told_in_one_line(path, "read"), open(path, "rb") as file:
             file.seek(start)
             data = file.read(end - start)
-        members = read_members(io.BytesIO(data + END), path, start=start)
-        return next(samples_of(members, path))
+        return sample_of_bytes(data, path, start)
 
     def extents(self, shard: int) -> np.ndarray:
         """Where each sample of a shard begins and ends in its tar, (N, 2) int64 bytes.
@@ -70,19 +70,38 @@ class ShardIndex:
 
     def _scan(self, shard: int) -> np.ndarray:
         path = self.shards[shard].tar
-        found: list[tuple[int, int]] = []
-        last = None
         with told_in_one_line(path, "read"), open(path, "rb") as file:
-            for member in scan_members(file, path):
-                key = member.name.partition(".")[0]
-                if key == last:
-                    found[-1] = (found[-1][0], member.end)
-                else:
-                    found.append((member.offset, member.end))
-                last = key
+            found = sample_extents(file, path)
         if len(found) != self.counts[shard]:
             raise UserError(
                 f"{path}: {len(found)} samples; {self.shards[shard].stats} says {self.counts[shard]}: "
                 "delete the stats file and run the build again"
             )
-        return np.array(found, dtype=np.int64).reshape(-1, 2)
+        return found
+
+
+def sample_extents(file: BinaryIO, where: str) -> np.ndarray:
+    """Where each sample of an open tar begins and ends, (N, 2) int64 bytes; only headers are read.
+
+    Raises:
+        UserError: the tar is damaged.
+    """
+    found: list[tuple[int, int]] = []
+    last = None
+    for member in scan_members(file, where):
+        key = member.name.partition(".")[0]
+        if key == last:
+            found[-1] = (found[-1][0], member.end)
+        else:
+            found.append((member.offset, member.end))
+        last = key
+    return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+
+def sample_of_bytes(data: bytes, where: str, start: int) -> Sample:
+    """The sample whose members are `data`, cut out of a tar at byte `start`.
+
+    Raises:
+        UserError: something in it is not as it should be.
+    """
+    return next(samples_of(read_members(io.BytesIO(data + END), where, start=start), where))

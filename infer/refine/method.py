@@ -100,6 +100,10 @@ class RefineMethod(Protocol):
     name: str  # as on the command line
     settings: type[MethodSettings]
 
+    def thing(self, concept: Concept, settings: Any) -> str:
+        """What a concept is called in prompts: "z", or "z dog"."""
+        ...
+
     def build(self, base: RefineBase, concepts: Sequence[Concept], settings: Any) -> RefineModule:
         """A module at its start.
 
@@ -115,13 +119,6 @@ class RefineMethod(Protocol):
             UserError: they cannot be used together.
         """
         ...
-
-
-def noised(scheduler: Any, latents: Tensor, draws: SampleDraws) -> tuple[Tensor, Tensor, Tensor]:
-    """Random timesteps (B,), the noise, and the noisy latents, both shaped like `latents`."""
-    timesteps = draws.integers(scheduler.config.num_train_timesteps).to(latents.device)
-    noise = draws.normal(*latents.shape[1:]).to(latents)
-    return timesteps, noise, scheduler.add_noise(latents, noise, timesteps)
 
 
 def denoising_error(scheduler: Any, prediction: Tensor, batch: RefineBatch, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class RefineReportSettings(Settings):
     preview_every: int = Field(0, ge=0)  # pictures of the prompts below; 0: after the last step only
     preview_prompts: tuple[str, ...] = ("a photo of {}", "{} on the beach", "{} in the snow", "{} next to a tree")
     preview_steps: int = Field(20, ge=1)  # denoising steps of a preview
+    preview_guidance: float = Field(4.0, ge=0)
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 

@@ -122,8 +122,16 @@ class SubjectAdapter(ModelMixin, ConfigMixin):
             for path, block in blocks.items()
         }
         context_dim = next(iter(transformer_blocks(unet).values())).attn2.to_k.in_features
+        # By keyword: arguments given by position are not written into what `from_config` reads.
         return cls(
-            shapes, unet.conv_in.out_channels, context_dim, text_dim, pooled_dim, patch_dim, num_patches, **options
+            blocks=shapes,
+            conv_in_channels=unet.conv_in.out_channels,
+            context_dim=context_dim,
+            text_dim=text_dim,
+            pooled_dim=pooled_dim,
+            patch_dim=patch_dim,
+            num_patches=num_patches,
+            **options,
         )
 
     @classmethod

@@ -6,8 +6,12 @@ The stock UNet hands `cross_attention_kwargs["gligen"]["objs"]` to each fuser un
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from model.layer_contexts import LayerContexts
 
 
 @dataclass
@@ -24,3 +28,4 @@ class SubjectCondition:
     token_boxes: Tensor | None = None  # (B, N, 4) xyxy fractions; when given, a token is visible inside its box only
     active_rows: Tensor | None = None  # (A,) int64: inference skips all other rows; None computes every row
     key_values: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # fuser name -> (A, N, C) each
+    layer_contexts: LayerContexts | None = None  # of B rows, where learned words differ by cross-attention layer

@@ -105,7 +105,8 @@ class SubjectFuser(nn.Module):
 
     def _fuse(self, x: Tensor, condition: SubjectCondition) -> Tensor:
         rows = condition.active_rows
-        cached = condition.key_values.get(self.name)
+        # Asked in two steps: compiled code that has read the name is good for this one layer only.
+        cached = condition.key_values.get(self.name) if condition.key_values else None
         if cached is None:
             places = condition.token_places
             cached = self.keys_values(
@@ -119,8 +120,10 @@ class SubjectFuser(nn.Module):
         scale = (condition.beta * _of_rows(condition.factor, rows))[:, None, None].to(x.dtype)  # (B, 1, 1)
         latent_size = (condition.location.shape[-2], condition.location.shape[-1])
         queries = self.queries(normed, latent_size)  # (B, T, inner)
-        x = x + scale * self.alpha_attn.tanh() * self.attn.attend(queries, keys, values, mask)
-        return x + scale * self.alpha_dense.tanh() * self.ff(self.norm2(x))  # (B, T, C)
+        # In x's dtype: under autocast the gates' float32 would pass on to x and to all that is kept for backward.
+        attn_gate, dense_gate = self.alpha_attn.tanh().to(x.dtype), self.alpha_dense.tanh().to(x.dtype)
+        x = x + scale * attn_gate * self.attn.attend(queries, keys, values, mask)
+        return x + scale * dense_gate * self.ff(self.norm2(x))  # (B, T, C)
 
 
 def attention_bias(condition: SubjectCondition, num_image_tokens: int, dtype: torch.dtype) -> Tensor | None:
@@ -150,7 +153,8 @@ def _of_rows(values: Tensor, rows: Tensor | None) -> Tensor:
 
 def _gates_as_scalars(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
     for gate in ("alpha_attn", "alpha_dense"):
-        state[prefix + gate] = state[prefix + gate].reshape(())
+        if state[prefix + gate].numel():  # ZeRO-3 leaves an empty tensor where another process holds the value
+            state[prefix + gate] = state[prefix + gate].reshape(())
 
 
 def _gates_as_vectors(module: nn.Module, state: dict[str, Tensor], prefix: str, *ignored: Any) -> None:

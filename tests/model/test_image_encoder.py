@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
+import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from model.image_encoder import SubjectImageEncoder
 from tests.model.tiny import CLIP_CONFIG, tiny_clip, tiny_image_encoder
@@ -59,3 +63,30 @@ def test_the_clip_model_keeps_its_own_weights():
     with torch.no_grad():
         encoder.visual.conv1.weight.zero_()
     assert clip.visual.conv1.weight.any()
+
+
+def test_it_can_be_built_anew_from_its_config():
+    encoder = tiny_image_encoder()
+    assert (
+        SubjectImageEncoder.from_config(encoder.config).visual.state_dict().keys() == encoder.visual.state_dict().keys()
+    )
+
+
+def test_a_published_tower_is_read_through_open_clip_with_its_own_pixels(tmp_path, monkeypatch):
+    published = tiny_clip(quick_gelu=True)
+    (tmp_path / "Tiny-quickgelu.json").write_text(json.dumps(CLIP_CONFIG | {"quick_gelu": True}))
+    save_file(published.state_dict(), tmp_path / "weights.safetensors")
+    open_clip.add_model_config(tmp_path)
+    half = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "quick_gelu": True}
+    tags = {"ours": {"file": str(tmp_path / "weights.safetensors")} | half}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "Tiny-quickgelu", tags)
+    encoder = SubjectImageEncoder.from_pretrained_open_clip("Tiny-quickgelu", "ours").eval()
+    assert encoder.config.quick_gelu
+    assert_equal_towers(encoder, published, half["mean"], half["std"])
+
+
+def test_unknown_weights_of_a_tower_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="no weights openai of ViT-H-14; it has laion2b_s32b_b79k"):
+        SubjectImageEncoder.from_pretrained_open_clip("ViT-H-14", "openai")
+    with pytest.raises(ValueError, match="no weights openai of ViT-H-15; it has no weights"):
+        SubjectImageEncoder.from_pretrained_open_clip("ViT-H-15", "openai")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import CLIPTokenizer
 
 from model.inputs import SubjectInputs
 from model.prompt import build_prompt, encode_ids
@@ -18,9 +19,10 @@ def tiny_inputs(
     ),
     num_references: int = 2,
     max_length: int = 32,
+    tokenizer: CLIPTokenizer | None = None,
 ) -> SubjectInputs:
     """One row a (caption, nouns) pair; padding as the trainer and the pipeline make it."""
-    tokenizer = tiny_tokenizer(max_length)
+    tokenizer = tokenizer or tiny_tokenizer(max_length)
     generator = torch.Generator().manual_seed(0)
     prompts = [build_prompt(tokenizer, caption, nouns) for caption, nouns in captions]
     rows, subjects = len(prompts), max(len(prompt.noun_ids) for prompt in prompts)

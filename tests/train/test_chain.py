@@ -28,6 +28,18 @@ def test_every_run_leaves_settings_a_log_a_validation_picture_and_an_export(chai
         assert any((run / "export").iterdir())
 
 
+def test_the_diffusion_tasks_tell_their_error_by_timestep_and_the_subject_task_where_attention_goes(
+    chain: Path,
+) -> None:
+    bands = {f"{{}}_t{band}" for band in range(4)}
+    for task, also in (("base", set()), ("subject", {"denoising", "attention"})):
+        rows = [json.loads(line) for line in (chain / task / "log.jsonl").read_text().splitlines()]
+        assert also | {name.format("denoising") for name in bands} <= {key for row in rows for key in row}
+    last = json.loads((chain / "subject" / "validation.jsonl").read_text().splitlines()[-1])
+    told = {"loss", "loss_without_subjects", "gain", "attention_inside", "attention_outside"}
+    assert told | {name.format("loss") for name in bands} <= last.keys()
+
+
 def test_the_autoencoder_loads_with_the_stock_class_and_its_latents_have_unit_spread(chain: Path) -> None:
     vae, info = AutoencoderKL.from_pretrained(chain / "vae" / "export", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]

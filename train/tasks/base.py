@@ -1,164 +1,194 @@
-"""The base: a plain text-to-image model, stock UNet and the text tower of our CLIP, trained as Stable Diffusion is."""
+"""The base: a plain text-to-image model, stock UNet and CLIP text encoder, trained as Stable Diffusion is.
+
+With `inputs` vae and clip it starts from nothing but these, in the sizes of the model file; otherwise it goes on from
+`inputs.base` or the model file's base. Loss: denoising error (Rombach et al., arXiv 2112.10752) weighted by min-SNR.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from model.image_encoder import SubjectImageEncoder
+from data_pipeline.errors import UserError
+from data_pipeline.settings import Settings, settings_of
+from model.base_loading import one_line_errors
 from model.inputs import Drop, SubjectInputs, draw_drops, drop_conditions
-from model.losses import diffusion_target, snr_weights
+from model.losses import snr_weights
 from model.open_clip_conversion import convert_text_tower, load_open_clip
 from model.prompt import add_placeholder
-from train.diffusion_batch import DiffusionBatch, diffusion_batch
-from train.feature_cache import CachedScenes, EncodedScene, SceneEncoder
+from train.denoising import (
+    NoisyLatents,
+    by_band,
+    denoising_loss,
+    even_timesteps,
+    noised,
+    noised_at,
+    sample_errors,
+)
+from train.diffusion_batch import DiffusionBatch
+from train.diffusion_data import DiffusionData
+from train.draws import SampleDraws
 from train.inputs_folder import input_folder
-from train.pictures import save_grid
-from train.settings import DiffusionSettings, TrainSettings, load_model_settings
+from train.network_options import apply_engine, as_taken, evaluation
+from train.settings import DiffusionSettings, ModelSettings, TrainSettings, load_model_settings
+from train.starting_models import StartingBase, image_tower, noise_schedule, starting_base
+from train.validation_grid import write_grid
+
+MEASURED, SHOWN = 32, 8  # validation samples
+CHUNK = 4  # of them at once, on a device that holds the training too
 
 
-def noised(scheduler: DDIMScheduler, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Random timesteps (B,), the noise, and the noisy latents, both shaped like `latents`."""
-    count = scheduler.config.num_train_timesteps
-    timesteps = torch.randint(0, count, (len(latents),), generator=generator).to(latents.device)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    return timesteps, noise, scheduler.add_noise(latents, noise, timesteps)
+class DiffusionOptions(Settings):
+    """`options` of the tasks base and subject."""
 
-
-def denoising_loss(
-    scheduler: DDIMScheduler,
-    prediction: Tensor,
-    latents: Tensor,
-    noise: Tensor,
-    timesteps: Tensor,
-    gamma: float | None,
-    cell_weights: Tensor | None = None,
-) -> Tensor:
-    """Mean squared error, weighted by min-SNR-gamma and by place: scalar.
-
-    Args:
-        prediction, latents, noise: (B, C, h, w).
-        timesteps: (B,).
-        gamma: of min-SNR; None weighs every timestep the same.
-        cell_weights: (B, 1, h, w) weight of each latent cell; None: 1.
-    """
-    error = (prediction.float() - diffusion_target(scheduler, latents, noise, timesteps)).square()  # (B, C, h, w)
-    if cell_weights is not None:
-        error = error * cell_weights
-    return (error.flatten(1).mean(dim=1) * snr_weights(scheduler, timesteps, gamma)).mean()
+    validation_steps: int = Field(25, ge=1)  # of the pictures in the validation grid
+    validation_guidance: float = Field(3.0, ge=0)  # their guidance scale, joint for text and subjects
 
 
 class BaseTraining(nn.Module):
     """UNet and text encoder, and the denoising loss on plain captions."""
 
     def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        text_encoder: CLIPTextModel,
-        scheduler: DDIMScheduler,
-        settings: DiffusionSettings,
+        self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, schedule: Any, settings: DiffusionSettings
     ) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
-        self.scheduler, self.settings = scheduler, settings
+        self.schedule, self.settings = schedule, settings
+        self.table = {Drop.ALL: settings.drop_all + settings.drop_text}
 
-    def forward(self, batch: DiffusionBatch, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        shares = {Drop.ALL: self.settings.drop_all + self.settings.drop_text}
-        drops = draw_drops(len(batch.latents), shares, generator).to(batch.latents.device)
-        timesteps, noise, noisy = noised(self.scheduler, batch.latents, generator)
+    def forward(self, batch: DiffusionBatch, draws: SampleDraws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        drops = draw_drops(draws.uniform(), self.table).to(batch.latents.device)  # (B,)
         drops = torch.where(drops == Drop.ALL, drops, int(Drop.SUBJECTS))
-        prediction = self.predict(noisy, timesteps, drop_conditions(batch.inputs, drops))
-        loss = denoising_loss(self.scheduler, prediction, batch.latents, noise, timesteps, self.settings.snr_gamma)
-        return loss, {}
+        noisy = noised(self.schedule, batch, draws)
+        prediction = self.predict(noisy.noisy, noisy.timesteps, drop_conditions(batch.inputs, drops))  # (B, C, h, w)
+        gamma = self.settings.snr_gamma
+        loss = denoising_loss(self.schedule, prediction, noisy.latents, noisy.noise, noisy.timesteps, gamma)
+        return loss, band_metrics(self.schedule, prediction, noisy, self.settings.timestep_bands)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, inputs: SubjectInputs) -> Tensor:
         context = self.text_encoder(inputs.input_ids).last_hidden_state  # (B, L, D)
-        return self.unet(noisy, timesteps, context).sample  # (B, C, h, w)
+        return self.unet(as_taken(noisy, self.unet), timesteps, context).sample  # (B, C, h, w)
 
 
-class DiffusionData:
-    """What the tasks base and subject share: frozen parts, cached scenes, a fixed validation batch."""
+@torch.no_grad()
+def band_metrics(schedule: Any, prediction: Tensor, noisy: NoisyLatents, bands: int) -> dict[str, Tensor]:
+    """The unweighted error by timestep, `denoising_t0` and so on."""
+    errors = sample_errors(schedule, prediction, noisy.latents, noisy.noise, noisy.timesteps)  # (B,)
+    return by_band("denoising", errors, noisy.timesteps, schedule.config.num_train_timesteps, bands)
 
-    def __init__(
-        self, settings: TrainSettings, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device
-    ) -> None:
-        self.settings, self.device, self.vae, self.tokenizer = settings, device, vae, tokenizer
-        clip, config = load_open_clip(input_folder(settings, "clip"))
-        pixels = config["preprocess_cfg"]
-        encoder = SubjectImageEncoder.from_open_clip(clip, config["model_cfg"], pixels["mean"], pixels["std"])
-        self.image_encoder = encoder.eval().requires_grad_(False)
-        vae.requires_grad_(False)
-        same = settings.diffusion.reference == "same_image"
-        scene_encoder = SceneEncoder(vae, self.image_encoder, device, same_image=same)
-        caches = settings.folder.parent
-        self.scenes = CachedScenes(settings.data, scene_encoder, caches)
-        small = settings.data.model_copy(update={"cache_scenes": 64, "seed": settings.data.seed + 1})
-        self.unseen = CachedScenes(small, scene_encoder, caches, split="val", shuffle=False)
 
-    def collate(self, scenes: list[EncodedScene]) -> DiffusionBatch:
-        return diffusion_batch(scenes, self.tokenizer, self.settings.diffusion.supervise, self.device)
+def validation_loss(
+    data: DiffusionData,
+    schedule: Any,
+    settings: DiffusionSettings,
+    predict: Callable[[DiffusionBatch, NoisyLatents], Tensor],
+) -> dict[str, float]:
+    """`loss`, weighted as in training but for masks, and the unweighted `loss_t0` … by timestep, on unseen samples.
 
-    def validation_batch(self, first: int, count: int) -> DiffusionBatch:
-        return self.collate([self.unseen[i] for i in range(first, first + count)])
-
-    @torch.no_grad()
-    def draw(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) in 0..1."""
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample / 2 + 0.5
+    Args:
+        predict: the network's prediction for a batch, (B, C, h, w).
+    """
+    errors, timesteps = [], []
+    for first in range(0, MEASURED, CHUNK):
+        batch = data.validation_batch(first, CHUNK)
+        noisy = noised_at(schedule, batch.latents, even_timesteps(schedule, first, CHUNK, MEASURED), first)
+        prediction = predict(batch, noisy)
+        errors.append(sample_errors(schedule, prediction, noisy.latents, noisy.noise, noisy.timesteps))
+        timesteps.append(noisy.timesteps)
+    every, times = torch.cat(errors), torch.cat(timesteps)  # (MEASURED,)
+    steps = schedule.config.num_train_timesteps
+    bands = by_band("loss", every, times, steps, settings.timestep_bands)
+    loss = (every * snr_weights(schedule, times, settings.snr_gamma)).mean()
+    return {name: float(value) for name, value in {"loss": loss, **bands}.items()}
 
 
 class BaseTask:
-    """`options`: none."""
-
-    loader_workers = 0
+    """`inputs`: vae and clip, or base, or none. `options`: see `DiffusionOptions`."""
 
     def __init__(self, settings: TrainSettings, device: torch.device) -> None:
-        architecture = load_model_settings(settings.model).architecture
-        clip_folder = input_folder(settings, "clip")
-        clip, config = load_open_clip(clip_folder)
-        self.tokenizer = CLIPTokenizer.from_pretrained(clip_folder / "tokenizer")
-        self.text_encoder: CLIPTextModel = convert_text_tower(clip, config["model_cfg"], self.tokenizer)
+        self.settings, self.device = settings, device
+        self.options = settings_of(DiffusionOptions, settings.options, "options")
+        sizes = load_model_settings(settings.model, settings.override)
         torch.manual_seed(settings.seed)
-        self.unet = UNet2DConditionModel(**architecture["unet"])
-        self.scheduler = DDIMScheduler(**architecture["scheduler"])
-        self.vae = AutoencoderKL.from_pretrained(input_folder(settings, "vae"))
-        with_placeholder = CLIPTokenizer.from_pretrained(clip_folder / "tokenizer")
+        start = _from_nothing(settings, sizes) if "vae" in settings.inputs else starting_base(settings, sizes)
+        self.start = start
+        with_placeholder = copy.deepcopy(start.tokenizer)
         add_placeholder(with_placeholder)
-        self.data = DiffusionData(settings, self.vae, with_placeholder, device)
-        self.dataset, self.collate = self.data.scenes, self.data.collate
-        self.module = BaseTraining(self.unet, self.text_encoder, self.scheduler, settings.diffusion)
+        self.data = DiffusionData(settings, start.vae, image_tower(settings, sizes), with_placeholder, device)
+        self.dataset, self.loader_workers = self.data.dataset, self.data.loader_workers
+        self.collate, self.batch, self.keys = self.data.collate, self.data.batch, self.data.keys
+        schedule = noise_schedule(start.scheduler)
+        self.module = BaseTraining(start.unet, start.text_encoder, schedule, settings.diffusion).train()
+        self.module.requires_grad_(True)
+        apply_engine(settings.engine, start.unet, start.text_encoder)
 
     @torch.no_grad()
     def validate(self, picture: Path) -> dict[str, float]:
-        batch = self.data.validation_batch(0, 32)
-        generator = torch.Generator().manual_seed(0)
-        plain = torch.full((32,), int(Drop.SUBJECTS), device=self.data.device)
-        timesteps, noise, noisy = noised(self.scheduler, batch.latents, generator)
-        prediction = self.module.predict(noisy, timesteps, drop_conditions(batch.inputs, plain))
-        gamma = self.module.settings.snr_gamma
-        loss = denoising_loss(self.scheduler, prediction, batch.latents, noise, timesteps, gamma)
-        pipeline = self._pipeline()
-        pipeline.set_progress_bar_config(disable=True)
-        captions = [self.data.unseen[i].caption for i in range(12)]
-        drawn = pipeline(
-            captions, num_inference_steps=25, guidance_scale=3.0, generator=generator, output_type="pt"
-        ).images
-        real = self.data.draw(batch.latents[:12])
-        rows = [[x for i in (2 * y, 2 * y + 1) for x in (real[i], drawn[i])] for y in range(6)]
-        both = [f"{captions[2 * y]} | {captions[2 * y + 1]}" for y in range(6)]
-        save_grid(rows, picture, captions=both, scale=3)
-        return {"loss": float(loss)}
+        metrics = validation_loss(self.data, self.module.schedule, self.settings.diffusion, self._predict)
+        cells = []
+        for first in range(0, SHOWN, CHUNK):
+            real = self.data.draw(self.data.validation_batch(first, CHUNK).latents)  # (B, 3, H, W)
+            cells += [list(pair) for pair in zip(real, self._draw(first, CHUNK), strict=True)]
+        write_grid(cells, self.data.captions(0, SHOWN), picture)
+        return metrics
 
-    def _pipeline(self) -> Any:
+    def _predict(self, batch: DiffusionBatch, noisy: NoisyLatents) -> Tensor:
+        drops = torch.full((len(batch.latents),), int(Drop.SUBJECTS), device=self.device)
+        with evaluation(self.settings.engine, self.device):
+            return self.module.predict(noisy.noisy, noisy.timesteps, drop_conditions(batch.inputs, drops))
+
+    def _draw(self, first: int, count: int) -> Tensor:
+        """Pictures (B, 3, H, W) for the captions, by the stock pipeline with fixed seeds."""
+        pipeline = self._pipeline(validation_sampler(self.module.schedule))
+        pipeline.set_progress_bar_config(disable=True)
+        with evaluation(self.settings.engine, self.device):
+            latents = pipeline(
+                self.data.captions(first, count),
+                num_inference_steps=self.options.validation_steps,
+                guidance_scale=self.options.validation_guidance,
+                generator=[torch.Generator().manual_seed(first + row) for row in range(count)],
+                height=self.settings.data.size,
+                width=self.settings.data.size,
+                output_type="latent",
+            ).images
+        return self.data.draw(latents.float())
+
+    def _pipeline(self, scheduler: Any) -> StableDiffusionPipeline:
+        start = self.start
         return StableDiffusionPipeline(
-            vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
-            scheduler=self.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            vae=start.vae, text_encoder=start.text_encoder, tokenizer=start.tokenizer, unet=start.unet,
+            scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
 
     def export(self, folder: Path) -> None:
-        self._pipeline().save_pretrained(folder)
+        self._pipeline(self.start.scheduler).save_pretrained(folder)
+
+
+def validation_sampler(schedule: Any) -> DDIMScheduler:
+    """A sampler without randomness of its own, good in few steps, for the noise levels that are trained."""
+    return DDIMScheduler.from_config(schedule.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+
+def _from_nothing(settings: TrainSettings, sizes: ModelSettings) -> StartingBase:
+    """An untrained UNet beside the autoencoder of `inputs.vae` and the text tower of the CLIP of `inputs.clip`."""
+    folder = input_folder(settings, "clip")
+    with one_line_errors(f"inputs.clip={settings.inputs['clip']}", UserError):
+        clip, config = load_open_clip(folder)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        text_encoder = convert_text_tower(clip, config["model_cfg"], tokenizer)
+    with one_line_errors(f"inputs.vae={settings.inputs['vae']}", UserError):
+        vae = AutoencoderKL.from_pretrained(input_folder(settings, "vae"), use_safetensors=True)
+    for part in ("unet", "scheduler"):
+        if part not in sizes.architecture:
+            raise UserError(f"{settings.model}: architecture.{part}: missing; a base that starts from nothing needs it")
+    unet = UNet2DConditionModel(**sizes.architecture["unet"])
+    scheduler = DDIMScheduler(**sizes.architecture["scheduler"])
+    return StartingBase(sizes.base, unet, text_encoder, tokenizer, vae, scheduler)

@@ -8,35 +8,51 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPTextModel, CLIPTokenizer
 
+from data_pipeline.errors import UserError
+from data_pipeline.settings import settings_of
 from model.attention_maps import AttentionMapRecorder, install_recording
 from model.composition import SubjectDiffusionModel
+from model.image_encoder import SubjectImageEncoder
 from model.inputs import Drop, SubjectInputs, draw_drops, drop_conditions
 from model.losses import attention_map_loss
 from model.prompt import add_placeholder
 from model.sampling import denoise, initial_latents
-from model.saving import save_subject_model
+from model.saving import base_fingerprint, save_subject_model
 from model.subject_adapter import SubjectAdapter
+from train.denoising import NoisyLatents, denoising_loss, noised, noised_at
 from train.diffusion_batch import DiffusionBatch, draw_references
-from train.inputs_folder import input_folder
+from train.diffusion_data import DiffusionData
+from train.draws import SampleDraws
 from train.model_card import write_card
-from train.pictures import save_grid
-from train.settings import DiffusionSettings, TrainSettings, load_model_settings
-from train.tasks.base import DiffusionData, denoising_loss, noised
+from train.network_options import apply_engine, as_taken, evaluation
+from train.settings import DiffusionSettings, ModelSettings, TrainSettings, load_model_settings
+from train.starting_models import StartingBase, image_tower, noise_schedule, starting_base
+from train.tasks.base import (
+    CHUNK,
+    SHOWN,
+    DiffusionOptions,
+    band_metrics,
+    validation_loss,
+    validation_sampler,
+)
+from train.validation_grid import attention_by_mask, attention_overview, subject_tiles, write_grid
 
 
 class SubjectTraining(nn.Module):
-    """The subject model and its two losses."""
+    """The subject model and its two losses. Parameters go by the names that patterns match: unet.…, adapter.…"""
 
-    def __init__(self, model: SubjectDiffusionModel, scheduler: DDIMScheduler, settings: DiffusionSettings) -> None:
+    def __init__(self, model: SubjectDiffusionModel, schedule: Any, settings: DiffusionSettings) -> None:
         super().__init__()
-        self.model, self.scheduler, self.settings = model, scheduler, settings
+        self.unet, self.text_encoder, self.adapter = model.unet, model.text_encoder, model.adapter
+        self.__dict__["model"] = model  # not registered a second time, under longer names
+        self.model: SubjectDiffusionModel
+        self.schedule, self.settings = schedule, settings
         self.table = {
             Drop.ALL: settings.drop_all,
             Drop.TEXT: settings.drop_text,
@@ -44,21 +60,35 @@ class SubjectTraining(nn.Module):
             Drop.SUBJECTS: settings.drop_subjects,
         }
 
-    def forward(self, batch: DiffusionBatch, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        drops = draw_drops(len(batch.latents), self.table, generator).to(batch.latents.device)
-        timesteps, noise, noisy = noised(self.scheduler, batch.latents, generator)
-        recorder = AttentionMapRecorder(batch.supervised) if self.settings.attention_loss_weight else None
-        inputs = drop_conditions(draw_references(batch, generator), drops)
-        prediction = self.model(noisy, timesteps, inputs, recorder=recorder)
-        gamma = self.settings.snr_gamma
-        weights = mask_weights(batch, self.settings.mask_weight)
-        error = denoising_loss(self.scheduler, prediction, batch.latents, noise, timesteps, gamma, weights)
+    def forward(self, batch: DiffusionBatch, draws: SampleDraws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        settings = self.settings
+        drops = draw_drops(draws.uniform(), self.table).to(batch.latents.device)  # (B,)
+        inputs = drop_conditions(draw_references(batch, draws.shared), drops)
+        noisy = noised(self.schedule, batch, draws)
+        recorder = AttentionMapRecorder(batch.supervised) if settings.attention_loss_weight else None
+        prediction = self.predict(noisy.noisy, noisy.timesteps, inputs, recorder)  # (B, C, h, w)
+        error = denoising_loss(
+            self.schedule, prediction, noisy.latents, noisy.noise, noisy.timesteps, settings.snr_gamma,
+            mask_weights(batch, settings.mask_weight),
+        )  # fmt: skip
+        metrics = {"denoising": error, **band_metrics(self.schedule, prediction, noisy, settings.timestep_bands)}
         if recorder is None:
-            return error, {"denoising": error}
-        # A row whose text was dropped has no supervised tokens left.
-        named = inputs.subject_keep & (inputs.placeholder_positions >= 0)  # (B, S)
-        attention = attention_map_loss(recorder.maps, batch.masks, named, kind=self.settings.attention_loss_kind)
-        return error + self.settings.attention_loss_weight * attention, {"denoising": error, "attention": attention}
+            return error, metrics
+        named = named_subjects(inputs)
+        attention = attention_map_loss(recorder.maps, batch.masks, named, kind=settings.attention_loss_kind)
+        # Rows that name no subject count as 0 in the loss and not at all in what is told.
+        metrics["attention"] = attention.detach() * len(named) / named.any(dim=1).sum()
+        return error + settings.attention_loss_weight * attention, metrics
+
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, inputs: SubjectInputs, recorder: AttentionMapRecorder | None = None
+    ) -> Tensor:
+        return self.model(as_taken(noisy, self.unet), timesteps, inputs, recorder=recorder)  # (B, C, h, w)
+
+
+def named_subjects(inputs: SubjectInputs) -> Tensor:
+    """(B, S) bool: subjects with supervised tokens; a row whose text was dropped has none left."""
+    return inputs.subject_keep & (inputs.placeholder_positions >= 0)
 
 
 def mask_weights(batch: DiffusionBatch, inside: float) -> Tensor:
@@ -68,70 +98,121 @@ def mask_weights(batch: DiffusionBatch, inside: float) -> Tensor:
     return 1 + (inside - 1) * covered
 
 
-class SubjectTask:
-    """`inputs`: base, clip."""
+def subject_model(
+    start: StartingBase, encoder: SubjectImageEncoder, sizes: ModelSettings, settings: TrainSettings
+) -> tuple[SubjectDiffusionModel, list[str]]:
+    """The base with a new adapter and, where attention is supervised, recording; and the names of what is trained.
 
-    loader_workers = 0
-
-    def __init__(self, settings: TrainSettings, device: torch.device) -> None:
-        self.settings, self.sizes = settings, load_model_settings(settings.model)
-        base = input_folder(settings, "base")
-        unet = UNet2DConditionModel.from_pretrained(base / "unet")
-        text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder")
-        tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
-        add_placeholder(tokenizer)
-        self.scheduler = DDIMScheduler.from_pretrained(base / "scheduler")
-        vae = AutoencoderKL.from_pretrained(base / "vae")
-        self.data = DiffusionData(settings, vae, tokenizer, device)
-        encoder = self.data.image_encoder
-        torch.manual_seed(settings.seed)
+    Raises:
+        UserError: a level or pattern of the model file that does not fit the base.
+    """
+    torch.manual_seed(settings.seed)
+    try:
         adapter = SubjectAdapter.from_unet(
-            unet, text_dim=text_encoder.config.hidden_size, pooled_dim=encoder.pooled_dim,
-            patch_dim=encoder.patch_dim, num_patches=encoder.num_patches, **self.sizes.adapter,
+            start.unet, text_dim=start.text_encoder.config.hidden_size, pooled_dim=encoder.pooled_dim,
+            patch_dim=encoder.patch_dim, num_patches=encoder.num_patches, **sizes.adapter,
         )  # fmt: skip
         if settings.diffusion.attention_loss_weight:
-            install_recording(unet)
-        self.model = SubjectDiffusionModel(unet, text_encoder, adapter)
-        self.trained = self.model.set_trainable(self.sizes.trained)
-        self.dataset, self.collate = self.data.scenes, self.data.collate
-        self.module = SubjectTraining(self.model, self.scheduler, settings.diffusion)
+            install_recording(start.unet)
+        model = SubjectDiffusionModel(start.unet, start.text_encoder, adapter)
+        return model, model.set_trainable(sizes.trained)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{settings.model}: {' '.join(str(error).split())}") from error
+
+
+class SubjectTask:
+    """`inputs`: base and clip, each or none. `options`: see `DiffusionOptions`."""
+
+    def __init__(self, settings: TrainSettings, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.options = settings_of(DiffusionOptions, settings.options, "options")
+        sizes = load_model_settings(settings.model, settings.override)
+        start, encoder = starting_base(settings, sizes), image_tower(settings, sizes)
+        self.base = start.name
+        add_placeholder(start.tokenizer)
+        self.model, self.trained = subject_model(start, encoder, sizes, settings)
+        # Of the base as its files hold it; the engine may round what is frozen.
+        self.fingerprint = base_fingerprint(start.unet, start.text_encoder, without=set(self.trained))
+        apply_engine(settings.engine, start.unet, start.text_encoder)
+        self.data = DiffusionData(settings, start.vae, encoder, start.tokenizer, device)
+        self.encoder = encoder
+        self.dataset, self.loader_workers = self.data.dataset, self.data.loader_workers
+        self.collate, self.batch, self.keys = self.data.collate, self.data.batch, self.data.keys
+        self.module = SubjectTraining(self.model, noise_schedule(start.scheduler), settings.diffusion).train()
 
     @torch.no_grad()
     def validate(self, picture: Path) -> dict[str, float]:
-        batch = self.data.validation_batch(0, 32)
-        full = self._loss(batch, Drop.NOTHING)
-        without = self._loss(batch, Drop.SUBJECTS)
-        shown = self.data.validation_batch(0, 8)
-        drawn, plain = self._draw(shown.inputs, 0), self._draw(_without_subjects(shown.inputs), 0)
-        real = self.data.draw(shown.latents)
-        rows = [[x for i in (2 * y, 2 * y + 1) for x in (real[i], drawn[i], plain[i])] for y in range(4)]
-        both = [f"{self.data.unseen[2 * y].caption} | {self.data.unseen[2 * y + 1].caption}" for y in range(4)]
-        save_grid(rows, picture, captions=both, scale=3)
-        return {"loss": full, "loss_without_subjects": without, "gain": without - full}
+        metrics = self._measure()
+        cells = [row for first in range(0, SHOWN, CHUNK) for row in self._cells(first)]
+        write_grid(cells, self.data.captions(0, SHOWN), picture)
+        return metrics
 
-    def _loss(self, batch: DiffusionBatch, drop: Drop) -> float:
-        generator = torch.Generator().manual_seed(0)
-        timesteps, noise, noisy = noised(self.scheduler, batch.latents, generator)
-        drops = torch.full((len(batch.latents),), int(drop), device=batch.latents.device)
-        prediction = self.model(noisy, timesteps, drop_conditions(batch.inputs, drops))
-        gamma = self.module.settings.snr_gamma
-        return float(denoising_loss(self.scheduler, prediction, batch.latents, noise, timesteps, gamma))
+    def _measure(self) -> dict[str, float]:
+        schedule, settings = self.module.schedule, self.settings.diffusion
+        attended: list[tuple[Tensor, Tensor]] = []
 
-    def _draw(self, inputs: SubjectInputs, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        config = self.model.unet.config
-        shape = (len(inputs), config.in_channels, config.sample_size, config.sample_size)
-        latents = initial_latents(self.scheduler, shape, steps=25, generator=generator, device=self.data.device)
-        latents = denoise(self.model, self.scheduler, latents, inputs, steps=25, text_scale=3.0, guidance="joint")
+        def full(batch: DiffusionBatch, noisy: NoisyLatents) -> Tensor:
+            recorder = AttentionMapRecorder(batch.supervised) if settings.attention_loss_weight else None
+            prediction = self._predict(noisy, batch.inputs, recorder)
+            if recorder is not None:
+                overview = attention_overview(recorder.maps)
+                attended.append(attention_by_mask(overview, batch.masks, named_subjects(batch.inputs)))
+            return prediction
+
+        def without(batch: DiffusionBatch, noisy: NoisyLatents) -> Tensor:
+            return self._predict(noisy, _without_subjects(batch.inputs))
+
+        metrics = validation_loss(self.data, schedule, settings, full)
+        metrics["loss_without_subjects"] = validation_loss(self.data, schedule, settings, without)["loss"]
+        metrics["gain"] = metrics["loss_without_subjects"] - metrics["loss"]
+        if attended:
+            inside, outside = (float(torch.stack(values).nanmean()) for values in zip(*attended, strict=True))
+            metrics |= {"attention_inside": inside, "attention_outside": outside}
+        return metrics
+
+    def _cells(self, first: int) -> list[list[Tensor]]:
+        """For each sample: the real picture, one drawn with and one without subjects, and the tiles of its subjects."""
+        batch = self.data.validation_batch(first, CHUNK)
+        real = self.data.draw(batch.latents)  # (B, 3, H, W)
+        drawn = self._draw(batch.inputs, batch.latents.shape, first)
+        plain = self._draw(_without_subjects(batch.inputs), batch.latents.shape, first)
+        cells = [list(row) for row in zip(real, drawn, plain, strict=True)]
+        if self.settings.diffusion.attention_loss_weight:
+            recorder = AttentionMapRecorder(batch.supervised)
+            schedule = self.module.schedule
+            middle = torch.full((len(real),), schedule.config.num_train_timesteps // 2)
+            noisy = noised_at(schedule, batch.latents, middle, first)
+            self._predict(noisy, batch.inputs, recorder)
+            overview = attention_overview(recorder.maps)  # (B, S, h, w)
+            tiles = subject_tiles(real, overview, batch.masks, named_subjects(batch.inputs))
+            cells = [row + of_subjects for row, of_subjects in zip(cells, tiles, strict=True)]
+        return cells
+
+    def _predict(
+        self, noisy: NoisyLatents, inputs: SubjectInputs, recorder: AttentionMapRecorder | None = None
+    ) -> Tensor:
+        with evaluation(self.settings.engine, self.device):
+            return self.module.predict(noisy.noisy, noisy.timesteps, inputs, recorder)
+
+    def _draw(self, inputs: SubjectInputs, shape: torch.Size, first: int) -> Tensor:
+        """Pictures (B, 3, H, W); a sample's starting noise is that of its number."""
+        sampler, steps = validation_sampler(self.module.schedule), self.options.validation_steps
+        generators = [torch.Generator().manual_seed(first + row) for row in range(shape[0])]
+        latents = initial_latents(sampler, tuple(shape), steps=steps, generator=generators, device=self.device)
+        with evaluation(self.settings.engine, self.device):
+            latents = denoise(
+                self.model, sampler, latents, inputs, steps=steps, text_scale=self.options.validation_guidance,
+                guidance="joint",
+            )  # fmt: skip
         return self.data.draw(latents)
 
     def export(self, folder: Path) -> None:
         count = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        device = torch.cuda.get_device_name() if self.data.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-        card = write_card(self.settings, self.sizes.base, count, device)
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+        card = write_card(self.settings, self.base, count, device)
         save_subject_model(
-            folder, self.model, base=self.sizes.base, trained=self.trained, parts="trained",
-            image_encoder=self.data.image_encoder, card=card,
+            folder, self.model, base=self.base, fingerprint=self.fingerprint, trained=self.trained, parts="trained",
+            image_encoder=self.encoder, card=card,
         )  # fmt: skip
 
 
