@@ -15,7 +15,7 @@ demo test test-slow: export OMP_WAIT_POLICY ?= passive
 $(STAMP): setup.cfg pyproject.toml
 	@$(PYTHON) -m pip --version >/dev/null 2>&1 || python3 -m venv $(VENV)
 	@echo "installing into $(VENV): some minutes, once"
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[data,evaluate,ray,test]"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[data,train,evaluate,ray,test]"
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check addict matplotlib timm yapf
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps $(GROUNDING)
 	@touch $(STAMP)

@@ -6,7 +6,8 @@ A run is done undisturbed, then again with SIGKILL to all processes of the secon
 which holds the rendezvous) after its first checkpoint; the dead host is started again with the same command. Both runs
 must end with the same weights, bit by bit. What the other side does meanwhile: its worker loses the connection and
 ends; its torchrun, which has `--max-restarts` left, waits in the rendezvous for a second host and starts a new worker
-once it is there. Without the host that holds the rendezvous, the other's torchrun ends too and has to be started again.
+once it is there; that needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each host (below). Without the host that holds the
+rendezvous, the other's torchrun ends too and has to be started again.
 Needs root, for `ip netns`. The runs lie in NAME/undisturbed and NAME/disturbed below `runs_dir`.
 """
 
@@ -32,6 +33,9 @@ from train.settings import REPOSITORY, TrainSettings
 
 PORT = 29400
 PATIENCE = 900.0  # seconds for one run
+# torch 2.15: else a torchrun that outlives another one keeps the store's address of the last round to itself, and the
+# one that comes back waits for it in vain.
+ON_EACH_HOST = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
 
 
 class Host:
@@ -52,8 +56,7 @@ class Host:
             "--rdzv-endpoint", f"10.77.0.1:{PORT}", "--rdzv-id", "two-hosts", "--local-addr", self.address,
             "--rdzv-conf", f"is_host={int(self.number == 1)}", str(REPOSITORY / "train" / "run.py"),
         ]  # fmt: skip
-        environment = os.environ | {"GLOO_SOCKET_IFNAME": self.interface, "CUDA_VISIBLE_DEVICES": ""}
-        environment.setdefault("OMP_NUM_THREADS", "1")
+        environment = os.environ | ON_EACH_HOST | {"GLOO_SOCKET_IFNAME": self.interface, "CUDA_VISIBLE_DEVICES": ""}
         with open(log, "ab") as handle:
             self.torchrun = subprocess.Popen([*launcher, *arguments], env=environment, stdout=handle, stderr=handle)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -36,12 +37,19 @@ def test_a_generate_command_draws(
     assert Path(capsys.readouterr().out.splitlines()[-1]).exists()
 
 
-def test_its_train_commands_have_settings_that_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def train_commands() -> list[list[str]]:
+    """Arguments of `train`, however it is started."""
+    started = commands("subject-diffusion train") + [line[3:] for line in commands("torchrun")]
+    scripts = [line for one in ("one_gpu", "eight_gpus") for line in commands(f"scripts/launch/train_{one}.sh")]
+    return started + scripts + [line[2:] for line in commands("sbatch")]
+
+
+@pytest.mark.parametrize("arguments", train_commands(), ids=lambda arguments: " ".join(arguments[:4]))
+def test_a_train_command_has_settings_that_load(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    found = commands("subject-diffusion train") + [line[3:] for line in commands("torchrun")]
-    assert found
-    for arguments in found:
-        assert arguments[0] == "--config" and load_settings(TrainSettings, [Path(arguments[1])], arguments[2:])
+    rest = arguments[1:] if arguments[0] in ("cache", "export") else arguments
+    files = [Path(value) for name, value in pairwise(rest) if name == "--config"]
+    assert files and load_settings(TrainSettings, files, [word for word in rest if "=" in word])
 
 
 def test_its_evaluate_commands_have_settings_that_load() -> None:

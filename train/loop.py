@@ -185,7 +185,7 @@ class _Run:
         with self.accelerator.accumulate(self.state.wrapped), self.accelerator.autocast():
             loss, metrics = self.state.wrapped(batch, draws, self.state.step)
             self.accelerator.backward(loss)
-        self.report.forward_pass({"loss": loss, **metrics})
+        self.report.forward_pass({"loss": loss, **metrics}, self.task.counts(collated))
         return _Pass(loss.detach(), self.task.keys(collated) or [f"sample {one}" for one in numbers])
 
     def _after_step(self) -> None:

@@ -35,6 +35,10 @@ class MethodSettings(Settings):
     warmup_steps: int = Field(0, ge=0)
     variation: VariationSettings = VariationSettings()
 
+    def rate_factors(self) -> dict[str, float]:
+        """Pattern (full match on a trained parameter's name) -> factor on the learning rate."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Concept:
@@ -87,10 +91,6 @@ class RefineModule(nn.Module):
 
     def words(self) -> dict[str, dict[str, Any]]:
         """The learned words the file brings: placeholder -> {"vectors": K, …}, JSON; none for methods without."""
-        return {}
-
-    def rate_factors(self) -> dict[str, float]:
-        """Pattern (full match on a trained parameter's name) -> factor on the learning rate."""
         return {}
 
 

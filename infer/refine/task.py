@@ -42,7 +42,9 @@ class RefineTask:
         self.settings, self.own, self.device = settings, own, device
         kinds = {concept.kind for concept in settings.concepts.values()}
         if len(kinds) > 1:
-            raise UserError("concepts: subjects and styles cannot be learnt in one run; refine them one after the other")
+            raise UserError(
+                "concepts: subjects and styles cannot be learnt in one run; refine them one after the other"
+            )
         templates = templates_of(kinds.pop(), settings.templates)
         self.base = open_base(settings.model, settings.plain, str(device), templates)
         self.size = settings.size or _trained_size(self.base)
@@ -78,6 +80,9 @@ class RefineTask:
 
     def keys(self, collated: CollatedSamples) -> list[str]:
         return []
+
+    def counts(self, collated: CollatedSamples) -> dict[str, int]:
+        return {}
 
     def validate(self, picture: Path) -> dict[str, float]:
         """Draw the preview prompts with what is learnt so far, and say how like the pictures they look."""

@@ -119,6 +119,12 @@ class SupervisedGroups(UNetStep):
         states = [output[0] if isinstance(output, tuple) else output for output in outputs]  # (B, C, h, w)
         return torch.stack([state.float().square().mean() for state in states]).mean()
 
+    def forget_gradients(self) -> None:
+        super().forget_gradients()
+        for _, kwargs in self.calls:
+            for state in (kwargs["hidden_states"], *kwargs.get("res_hidden_states_tuple", ())):
+                state.grad = None
+
 
 def _as_leaf(name: str, value: Any) -> Any:
     """What comes from trained layers takes gradients; the embedding of the timestep does not."""

@@ -207,7 +207,8 @@ def converted(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     launch(
         [
             given(folder / "whole", **two), given(folder / "stopped", **two, steps=3),
-            given(folder / "stopped", **two), given(folder / "to-one", **two, steps=3), given(folder / "from-one", **two),
+            given(folder / "stopped", **two), given(folder / "to-one", **two, steps=3),
+            given(folder / "from-one", **two),
         ]
     )  # fmt: skip
     return folder

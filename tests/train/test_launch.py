@@ -94,7 +94,7 @@ def slurm(folder: Path, torchrun: str = TORCHRUN) -> tuple[Path, dict[str, str]]
     stand_in(tools, "torchrun", torchrun)
     stand_in(tools, "srun", '#!/bin/bash\nshift\nsetsid "$@" &\necho $! > step\nwait $!\n')
     stand_in(tools, "scancel", '#!/bin/bash\necho "$*" > cancelled\nkill -USR1 -- "-$(cat step)"\n')
-    stand_in(tools, "scontrol", '#!/bin/bash\n[ "$1" = show ] && printf "n1\\nn2\\n" || echo "$*" > requeued\n')
+    stand_in(tools, "scontrol", '#!/bin/bash\n[ "$1" = show ] && printf "n%s\\n" {1..20000} || echo "$*" > requeued\n')
     facts = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "n[1-2]"}
     return script, {**os.environ, **facts, "SLURM_SUBMIT_DIR": str(folder)}
 

@@ -27,7 +27,7 @@ ZERO = ("zero1", "zero2", "zero3", "zero2_offload")
 
 
 def launch(runs: Sequence[dict[str, Any]], launcher: str = "torchrun", *, succeeds: bool = True) -> str:
-    """All of `runs`, one after another, in two processes of their own; in one under `python`. Returns what they said."""
+    """Do `runs`, one after another, in two processes of their own, in one under `python`; returns what they said."""
     command = {
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
         "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--no_local_rank", "--num_gpus", "2"],

@@ -202,6 +202,15 @@ def test_a_module_cast_as_a_whole_takes_float32_batches_and_gives_float32_losses
     assert loss.dtype == torch.float32 and torch.isfinite(loss) and metrics["denoising"].dtype == torch.float32
 
 
+def test_under_autocast_image_tokens_leave_the_adapter_in_low_precision_as_they_came(task: SubjectTask) -> None:
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    fuser = next(iter(task.model.adapter.fusers.values()))
+    handle = fuser.register_forward_hook(lambda module, given, x: seen.append((given[0].dtype, x.dtype)))
+    gradients(task, [range(0, 4)], autocast=True)
+    handle.remove()
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+
+
 @pytest.mark.slow
 def test_compiled_blocks_give_equal_gradients_and_stay_within_the_limit_of_graphs(
     root: Path, task: SubjectTask, monkeypatch: pytest.MonkeyPatch

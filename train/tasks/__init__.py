@@ -33,6 +33,9 @@ class Task(Protocol):
     def keys(self, collated: Any) -> list[str]:
         """What a person finds the samples by (shard and key); empty where their numbers say it all."""
 
+    def counts(self, collated: Any) -> dict[str, int]:
+        """Things in the batch that are worth a line in the log, such as entities; the same names at every pass."""
+
     def validate(self, picture: Path) -> dict[str, float]:
         """Write a PNG that shows how good the module is now, and return its figures on unseen subjects."""
 

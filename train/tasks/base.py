@@ -124,7 +124,8 @@ class BaseTask:
         add_placeholder(with_placeholder)
         self.data = DiffusionData(settings, start.vae, image_tower(settings, sizes), with_placeholder, device)
         self.dataset, self.loader_workers = self.data.dataset, self.data.loader_workers
-        self.collate, self.batch, self.keys = self.data.collate, self.data.batch, self.data.keys
+        self.collate, self.batch = self.data.collate, self.data.batch
+        self.keys, self.counts = self.data.keys, self.data.counts
         schedule = noise_schedule(start.scheduler)
         self.module = BaseTraining(start.unet, start.text_encoder, schedule, settings.diffusion).train()
         self.module.requires_grad_(True)

@@ -67,9 +67,7 @@ class ClipTraining(nn.Module):
         self.thumbnail = nn.Linear(clip.visual.output_dim, 3 * THUMBNAIL**2)
         self.loss = ClipLoss()
 
-    def forward(
-        self, batch: tuple[Tensor, Tensor], draws: SampleDraws, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: tuple[Tensor, Tensor], draws: SampleDraws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         pictures, ids = batch  # (N, 3, H, W), (N, L)
         normalised = pictures * 2 - 1
         pooled, tokens = self.image(normalised)

@@ -53,9 +53,7 @@ class PairLoss(nn.Module):
         super().__init__()
         self.judge, self.temperature = judge, temperature
 
-    def forward(
-        self, batch: tuple[Tensor, Tensor], draws: SampleDraws, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: tuple[Tensor, Tensor], draws: SampleDraws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         first, second = batch  # (N, 3, H, W) each, row i shows the same subject
         codes = self.judge(torch.cat([first, second]))  # (2N, D)
         count = len(first)

@@ -31,9 +31,7 @@ class SegmentLoss(nn.Module):
         """(N, 3, H, W) in 0..1 -> (N, 1, H, W); above 0 is subject."""
         return self.unet(pictures * 2 - 1, 0).sample
 
-    def forward(
-        self, batch: tuple[Tensor, Tensor], draws: SampleDraws, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: tuple[Tensor, Tensor], draws: SampleDraws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         pictures, masks = batch
         logits = self.logits(pictures)
         return functional.binary_cross_entropy_with_logits(logits, masks), {"iou": mask_iou(logits > 0, masks > 0.5)}

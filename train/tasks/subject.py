@@ -137,7 +137,8 @@ class SubjectTask:
         self.data = DiffusionData(settings, start.vae, encoder, start.tokenizer, device)
         self.encoder = encoder
         self.dataset, self.loader_workers = self.data.dataset, self.data.loader_workers
-        self.collate, self.batch, self.keys = self.data.collate, self.data.batch, self.data.keys
+        self.collate, self.batch = self.data.collate, self.data.batch
+        self.keys, self.counts = self.data.keys, self.data.counts
         self.module = SubjectTraining(self.model, noise_schedule(start.scheduler), settings.diffusion).train()
 
     @torch.no_grad()

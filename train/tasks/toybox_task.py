@@ -21,3 +21,6 @@ class ToyboxTask:
 
     def keys(self, collated: Any) -> list[str]:
         return []
+
+    def counts(self, collated: Any) -> dict[str, int]:
+        return {}
