@@ -14,6 +14,7 @@ COMMANDS = {
     "data": ("data_pipeline.command", "build a dataset: pictures in, captioned, detected, segmented shards out"),
     "train": ("train.command", "train one model from a configuration; resumes by itself"),
     "generate": ("infer.generate", "draw pictures of given subjects"),
+    "refine": ("infer.refine.command", "spend minutes on one subject, write a small file that generate takes"),
     "evaluate": ("infer.evaluate.command", "compare methods under one protocol, write the report"),
 }
 

@@ -4,7 +4,7 @@
 `cross_attention_kwargs={"recorder": recorder}`; `losses.attention_map_loss` takes its maps. Which layers: the middle
 five of SD's seven block groups (Subject-Diffusion, arXiv 2307.11410).
 Attention output is P V. With V extended by columns w, one a subject, the extra output columns are P w: probabilities
-averaged over that subject's tokens, exact and with gradients, without ever holding P.
+averaged over that subject's tokens, exact and with gradients; in half precision without ever holding P.
 """
 
 from __future__ import annotations
@@ -96,17 +96,37 @@ def attend_and_record(
     Returns:
         output (B, heads, Q, d) and maps (B, heads, S, Q), in the dtype of `value`.
     """
-    head_width, num_columns = value.shape[-1], weights.shape[1]
+    head_width = value.shape[-1]
     columns = weights.to(value).transpose(1, 2)[:, None].expand(-1, value.shape[1], -1, -1)  # (B, heads, L, S)
+    value = torch.cat([value, columns], dim=-1)  # (B, heads, L, d + S)
+    attend = _attend_in_products if query.dtype == torch.float32 else _attend_fused
+    extended = attend(query, key, value, attention_mask)  # (B, heads, Q, d + S)
+    output, maps = extended.split([head_width, weights.shape[1]], dim=-1)
+    return output, maps.transpose(2, 3)
+
+
+def _attend_in_products(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """softmax(Q K) V written out, for float32: on a prompt's 77 tokens the fused kernels save nothing there.
+
+    The probabilities take no more memory than query and output at the fused kernels' width, and a CPU needs less time.
+    """
+    logits = query @ (key * query.shape[-1] ** -0.5).mT  # (B, heads, Q, L)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attention_mask, float("-inf"))
+    elif attention_mask is not None:
+        logits = logits + attention_mask
+    return logits.softmax(dim=-1) @ value
+
+
+def _attend_fused(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
     # The fused kernels want equal widths of query, key and value, in multiples of 8. Zeros add nothing to the logits,
     # but would change the default scale.
-    padding = -(head_width + num_columns) % 8
-    value = F.pad(torch.cat([value, columns], dim=-1), (0, padding))  # (B, heads, L, d + S + padding)
-    query = F.pad(query, (0, num_columns + padding))
-    key = F.pad(key, (0, num_columns + padding))
-    extended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=head_width**-0.5)
-    maps = extended[..., head_width : head_width + num_columns].transpose(2, 3)  # (B, heads, S, Q)
-    return extended[..., :head_width], maps
+    head_width, width = query.shape[-1], value.shape[-1]
+    padded = width + -width % 8
+    query, key = (F.pad(states, (0, padded - head_width)) for states in (query, key))
+    value = F.pad(value, (0, padded - width))
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=head_width**-0.5)
+    return output[..., :width]
 
 
 def supervised_layers(unet: UNet2DConditionModel) -> list[str]:

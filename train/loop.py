@@ -32,8 +32,6 @@ from train.strategies import finish_step, open_accelerator, plain_module, prepar
 from train.stream import Resumable
 from train.tasks import Task, build_task
 
-Build = Callable[[Any, torch.device], Task]
-
 
 def train(settings: TrainSettings) -> Path:
     """Train one model from its newest checkpoint (or from nothing) to `settings.steps`.
@@ -53,30 +51,31 @@ def run_loop(settings: RunSettings, build: Callable[[torch.device], Task]) -> Pa
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(settings.seed)
     task = build(accelerator.device)
-    state = _begin(settings, accelerator, task)
+    state, ema = _begin(settings, accelerator, task)
     if accelerator.is_main_process:
         settings.folder.mkdir(parents=True, exist_ok=True)
         write_settings(settings, settings.folder / "settings.yaml")
         print(_opening(settings, accelerator, state))
-    run = _Run(settings, accelerator, task, state)
+    run = _Run(settings, accelerator, task, state, ema)
     with run.faults:
         run.go()
     accelerator.end_training()
     return settings.folder / "export"
 
 
-def _begin(settings: RunSettings, accelerator: Accelerator, task: Task) -> RunState:
+def _begin(settings: RunSettings, accelerator: Accelerator, task: Task) -> tuple[RunState, AveragedWeights]:
     """Everything that resumes, at the newest checkpoint or at nothing."""
     module = task.module
     if settings.engine.channels_last:
         module = module.to(memory_format=torch.channels_last)
     module = module.to(accelerator.device)
     wrapped, optimizer = prepare(accelerator, module, build_optimizer(module, settings.optimizer))
-    state = RunState(module, wrapped, optimizer, AveragedWeights(module, settings.ema))
+    ema = AveragedWeights(module, settings.ema)
+    state = RunState(module, wrapped, optimizer, ema)
     done = read_checkpoint(settings.folder / "checkpoints", state, accelerator)
     if done and state.position:
         cast(Resumable, task.dataset).resume(state.position, done * settings.accumulate)
-    return state
+    return state, ema
 
 
 def _opening(settings: RunSettings, accelerator: Accelerator, state: RunState) -> str:
@@ -118,8 +117,10 @@ class _Pass(NamedTuple):
 class _Run:
     """One run from `state.step` on; each job below is a short method."""
 
-    def __init__(self, settings: RunSettings, accelerator: Accelerator, task: Task, state: RunState) -> None:
-        self.settings, self.accelerator, self.task, self.state = settings, accelerator, task, state
+    def __init__(
+        self, settings: RunSettings, accelerator: Accelerator, task: Task, state: RunState, ema: AveragedWeights
+    ) -> None:
+        self.settings, self.accelerator, self.task, self.state, self.ema = settings, accelerator, task, state, ema
         self.report = Report(settings, accelerator, done=state.step)
         self.faults = FaultWatch(settings, accelerator, skipped=state.skipped)
         self.profile = ProfileWindow(settings, accelerator)
@@ -170,7 +171,7 @@ class _Run:
                 self.accelerator, state.wrapped, state.optimizer, settings.optimizer.max_grad_norm
             )
         if self.faults.after_step(state.step, applied, passes):
-            state.ema.update(state.step)
+            self.ema.update(state.step)
         self.profile.after(state.step)
         state.step += 1
         state.skipped = self.faults.skipped
@@ -226,6 +227,6 @@ class _Run:
     @contextmanager
     def _on_main_alone(self) -> Iterator[bool]:
         """The averaged weights are in the module; what the main process does inside needs none of the others."""
-        with self.state.ema.averaged(), plain_module(self.accelerator, self.state.wrapped):
+        with self.ema.averaged(), plain_module(self.accelerator, self.state.wrapped):
             yield self.accelerator.is_main_process
             self.faults.wait()

@@ -47,7 +47,7 @@ class ShardsSource(Settings):
     """Shards of the dataset builder."""
 
     folder: str | None = None  # where they lie: a folder or an fsspec URL (s3://…)
-    pipe: str | None = None  # instead of a folder: a command that writes {file} to its output, "ssh store cat /d/{file}"
+    pipe: str | None = None  # instead: a command that writes {file} to its output, "ssh store cat /d/{file}"
     names: str | None = None  # shards behind `pipe`, with braces: "00000..00999" in {} counts
     weight: float = Field(1.0, ge=0)  # share among the sources
     filters: EntityFilters = EntityFilters()
@@ -112,11 +112,11 @@ class EmaSettings(Settings):
 
 
 class EngineSettings(Settings):
-    """How the arithmetic is done and spread over devices; changes speed and memory, and results only in the last bits."""
+    """How the arithmetic is done and spread over devices: speed, memory, and the last bits of results."""
 
     strategy: StrategyName = "ddp"
     precision: Literal["no", "bf16", "fp16"] = "no"
-    checkpoint_activations: tuple[Literal["unet", "text_encoder"], ...] = ()  # recompute instead of keep; tasks base, subject
+    checkpoint_activations: tuple[Literal["unet", "text_encoder"], ...] = ()  # computed again, not kept; base, subject
     compile: bool = False  # torch.compile of the UNet's repeated blocks; tasks base and subject
     channels_last: bool = True
     tf32: bool = True  # float32 matrix products on tensor cores

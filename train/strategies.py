@@ -31,7 +31,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, Ini
 from torch import nn
 
 from data_pipeline.errors import UserError
-from train.settings import REPOSITORY, TrainSettings
+from train.settings import REPOSITORY, RunSettings
 
 # The main process validates and writes alone while the others wait in the next step's first collective.
 PATIENCE = timedelta(minutes=30)
@@ -44,7 +44,7 @@ class Step(NamedTuple):
     applied: bool  # false: something was not finite, weights and optimiser are as before
 
 
-def open_accelerator(settings: TrainSettings) -> Accelerator:
+def open_accelerator(settings: RunSettings) -> Accelerator:
     """Join the other processes, before anything is built on a device.
 
     Raises:
@@ -162,7 +162,7 @@ def _unhooked(engine: Any) -> Iterator[None]:
                 hooks.update(those)
 
 
-def _deepspeed_plugin(settings: TrainSettings) -> DeepSpeedPlugin:
+def _deepspeed_plugin(settings: RunSettings) -> DeepSpeedPlugin:
     """DeepSpeed's configuration: the file of the strategy, filled from the settings."""
     strategy = settings.engine.strategy
     if find_spec("deepspeed") is None:

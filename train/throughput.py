@@ -12,21 +12,34 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from data_pipeline.errors import UserError
 from train.gpus import find_gpu
 from train.settings import EngineSettings
 
 
-class _ModelFlops(FlopCounterMode):
-    """Counts matrix products, convolutions and attention, forward and backward, a multiply-add as two."""
+class _ModelFlops(TorchDispatchMode):
+    """Counts matrix products, convolutions and attention, forward and backward, a multiply-add as two.
 
-    def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
+    torch's FlopCounterMode hooks into the graph for its table by module, and with that changes the order in which
+    gradients are summed: a run that resumes, and counts at another step, would differ in the last bits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func.overloadpacket)
         # Recomputation is forward work inside the backward pass: alone there, it records gradients.
-        if self.mod_tracker.is_bw and torch.is_grad_enabled():
-            return out
-        return super()._count_flops(func_packet, out, args, kwargs)
+        recomputed = torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
+        if formula is not None and not recomputed:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
 
 
 class StepFlops:
@@ -41,10 +54,10 @@ class StepFlops:
         if self.total is not None:
             yield
             return
-        counter = _ModelFlops(display=False)
+        counter = _ModelFlops()
         with torch.compiler.set_stance("force_eager"), counter:
             yield
-        self.total = counter.get_total_flops()
+        self.total = counter.total
 
 
 def peak_flops(device: torch.device, engine: EngineSettings) -> float | None:

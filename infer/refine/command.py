@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Refine from the command line; returns the exit status."""
     from infer.refine.settings import RefineSettings
 
-    arguments = _parser().parse_args(list(sys.argv[1:] if argv is None else argv))
+    arguments = _parser().parse_intermixed_args(list(sys.argv[1:] if argv is None else argv))
     overrides = [*_overrides(arguments), *arguments.overrides]
     print(refine(load_settings(RefineSettings, arguments.config, overrides)))
     return 0

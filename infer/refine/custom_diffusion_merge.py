@@ -119,7 +119,7 @@ def _states(pipeline: SubjectDiffusionPipeline, texts: Sequence[str | tuple[str,
         rows = words.to(device).word_rows(None if words.num_layers is None else 0)
 
     def tokens(text: str) -> Tensor:
-        return encode_ids(tokenizer, text if words is None else words.expand(text))  # (L,)
+        return encode_ids(tokenizer, text if words is None else words.expand(text), shorten=True)  # (L,)
 
     def length(text: str) -> int:
         return int((tokens(text)[1:] == tokenizer.eos_token_id).int().argmax())  # of its own tokens

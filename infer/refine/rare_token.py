@@ -2,8 +2,8 @@
 
 DreamBooth, arXiv 2208.12242, section 3.2: a rare token of at most three characters, without blanks, that is no word
 (there T5's ids 5000 to 10000, which fall with frequency). CLIP's byte pairs were merged in the order of their
-frequency, so a later id is a rarer piece: taken are whole-word pieces of two or three different consonants, the latest
-first. Custom Diffusion, arXiv 2212.04488, starts its modifier token from such a one.
+frequency, so a later id is a rarer piece: taken are whole-word pieces of two or three consonants, not all alike, that
+are no abbreviation in common use, the latest first. Custom Diffusion, arXiv 2212.04488, starts its token from one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,16 @@ from data_pipeline.errors import UserError
 from infer.refine.method import RefineBase
 
 AUTO = "auto"
+_ABBREVIATIONS = frozenset(
+    (
+        "bbc bbq bff bmw bmx brb btc btw cbd cd cds cfl cnn cpr css ctv dbz dc dj dkk dr dsl dvd fck fml ft gb gmt "
+        "gps gt hbd hd hdd hdr hms hmv hp hr hrs jpg jr kb kfc kg km kph ktv lbs lcd lg ltd mb mc mg mk ml mlb mls mm "
+        "mph mr mrs ms mtb mtv nbc nc nd nfl nhl nhs npr ns nt nth nz pc pcs pdf pgs phd php pkg pls plz png pr ps "
+        "psd pst pt ptv pvc qr rb rd rgb rmb rn rpg rpm rps rss rt rts rv sf smh sms sql sr ss ssd ssh st std stl sw "
+        "tbh tbs tbt td th thx tlc tnt ts tv tvc tvs tx vhs vpn vr vs vsc vw wb wc wd wtf wwf www xd xl xml xp xx xxl "
+        "xxx"
+    ).split()
+)
 _CONSONANTS = re.compile(r"([b-df-hj-np-tv-xz]{2,3})</w>")
 
 
@@ -61,10 +71,10 @@ def rare_tokens(tokenizer: CLIPTokenizer, count: int) -> list[RareToken]:
     found = []
     for piece, index in sorted(vocabulary.items(), key=lambda item: -item[1]):
         match = _CONSONANTS.fullmatch(piece)
-        if match and len(set(match[1])) > 1 and tokenizer.tokenize(match[1]) == [piece]:
+        if match and _says_little(match[1]) and tokenizer.tokenize(match[1]) == [piece]:
             reason = (
                 f"token {index} of {len(vocabulary)}, where a later one is rarer; {len(match[1])} consonants that make "
-                "no word"
+                "no word or usual abbreviation"
             )
             found.append(RareToken(match[1], (index,), reason))
             if len(found) == count:
@@ -85,6 +95,10 @@ def tell(placeholders: Sequence[str], tokens: Sequence[RareToken], use: str) -> 
     """Print which token each placeholder takes, and why."""
     for placeholder, token in zip(placeholders, tokens, strict=True):
         print(f"{placeholder}: {use} {token.word!r} ({token.reason})")
+
+
+def _says_little(word: str) -> bool:
+    return len(set(word)) > 1 and word not in _ABBREVIATIONS
 
 
 def _given(tokenizer: CLIPTokenizer, word: str) -> RareToken:

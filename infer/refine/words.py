@@ -162,7 +162,9 @@ def class_vectors(base: RefineBase, class_word: str) -> InitVectors:
     ids: list[int] = []
     weights: list[float] = []
     for word in class_word.split():
-        pieces = base.pipeline.tokenizer.tokenize(word) if any(letter.isalnum() for letter in word) else []
+        if not any(letter.isalnum() for letter in word):
+            continue
+        pieces = base.pipeline.tokenizer.tokenize(word)
         ids += base.pipeline.tokenizer.convert_tokens_to_ids(pieces)
         weights += [1 / len(pieces)] * len(pieces)
     if not ids:
@@ -253,7 +255,8 @@ def install_words(
         owners[placeholder.lower()] = refinement.label
     if not found:
         return
-    fast = [refinement.settings.get("options", {}).get("mode") == "fast" for refinement, _, _ in found]
+    adapting = [refinement for refinement, _, state in found if any(name.startswith("adaptive.") for name in state)]
+    fast = [refinement.settings.get("options", {}).get("mode") == "fast" for refinement in adapting]
     for refinement, placeholder, state in found:
         words.append(_restored(pipeline, refinement, placeholder, state))
         if scale is not None:
@@ -261,7 +264,7 @@ def install_words(
         if adaptive_weight is not None:
             words[-1].adaptive_weight = adaptive_weight
     try:
-        pipeline.words = LearnedWords(words, mode or ("fast" if all(fast) else "exact")).requires_grad_(False)
+        pipeline.words = LearnedWords(words, mode or ("fast" if fast and all(fast) else "exact")).requires_grad_(False)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -29,9 +29,10 @@ from model.attention_maps import AttentionMapRecorder, install_recording, superv
 from model.inputs import SubjectInputs
 from model.losses import attention_map_loss
 from model.subject_adapter import SubjectAdapter, SubjectCondition
-from scripts.bench_train_parts.turns import Bar, Table, median_seconds
 from train.plan_measure import KeptTensors
 from train.settings import load_model_settings
+
+from . import turns
 
 TEXT_TOKENS = 77
 GATE = 0.5  # an untrained gate is 0: nothing behind it would get a gradient
@@ -303,7 +304,7 @@ def largest_difference(step: UNetStep, attentions: Sequence[str]) -> float:
     return max(float((mine[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in theirs)
 
 
-def bench_loss(options: argparse.Namespace) -> Iterator[Table]:
+def bench_loss(options: argparse.Namespace) -> Iterator[turns.Table]:
     """The whole UNet with the attention-map loss and without, and with the supervised groups unfused."""
     step = sd21_step(options.layers, options.subjects, torch.device(options.device), DTYPES[options.dtype])
     works: dict[str, Callable[[], Tensor]] = {
@@ -311,11 +312,11 @@ def bench_loss(options: argparse.Namespace) -> Iterator[Table]:
         "loss on": partial(ours, step),
     }
     rows = _compare(step, works, options.rounds, "loss off")
-    bars = (Bar("attention-map loss on against off, time", rows["loss on"]["ratio"], 1.15),)
-    yield Table("attention", f"{_shapes(step, options)}; whole UNet, forward and backward", rows, bars)
+    bars = (turns.Bar("attention-map loss on against off, time", rows["loss on"]["ratio"], 1.15),)
+    yield turns.Table("attention", f"{_shapes(step, options)}; whole UNet, forward and backward", rows, bars)
 
 
-def bench_published(options: argparse.Namespace) -> Iterator[Table]:
+def bench_published(options: argparse.Namespace) -> Iterator[turns.Table]:
     """The supervised block groups, as we compute them and with every attention unfused."""
     step = SupervisedGroups.of(
         sd21_step(options.layers, options.subjects, torch.device(options.device), DTYPES[options.dtype])
@@ -331,15 +332,15 @@ def bench_published(options: argparse.Namespace) -> Iterator[Table]:
     }
     rows = _compare(step, works, options.rounds, "every attention unfused, maps kept")
     bars = (
-        Bar("our supervised step against the published way, time", rows["ours"]["ratio"], 0.95),
-        Bar("our supervised step against the published way, activations", rows["ours"]["kept ratio"], 0.8),
+        turns.Bar("our supervised step against the published way, time", rows["ours"]["ratio"], 0.95),
+        turns.Bar("our supervised step against the published way, activations", rows["ours"]["kept ratio"], 0.8),
     )
     groups = ", ".join(dict.fromkeys(_group(name) for name in cross))
     shapes = (
         f"{_shapes(step, options)}; groups {groups} alone, forward and backward; "
         f"loss and gradients of both ways differ by {difference:.1g} at most"
     )
-    yield Table("published", shapes, rows, bars)
+    yield turns.Table("published", shapes, rows, bars)
 
 
 @functools.lru_cache(maxsize=1)
@@ -363,7 +364,7 @@ def _compare(
 ) -> dict[str, dict[str, float]]:
     kept = {name: kept_bytes(step, work) for name, work in works.items()}
     timed = {name: partial(_with_backward, work) for name, work in works.items()}
-    taken = median_seconds(timed, rounds, step.latents.device, between=step.forget_gradients)
+    taken = turns.median_seconds(timed, rounds, step.latents.device, between=step.forget_gradients)
     return {
         name: {
             "seconds": taken[name].wall,

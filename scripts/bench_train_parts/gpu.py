@@ -21,7 +21,6 @@ from torch import nn
 
 from model.composition import SubjectDiffusionModel
 from model.inputs import SubjectInputs
-from scripts.bench_train_parts.turns import Bar, Table, Work, median_seconds, wait_for
 from train.averaging import AveragedWeights
 from train.diffusion_batch import DiffusionBatch
 from train.draws import SampleDraws
@@ -32,6 +31,8 @@ from train.settings import TrainSettings
 from train.strategies import finish_step, open_accelerator, prepare
 from train.tasks.subject import SubjectTraining
 from train.throughput import StepFlops, peak_flops, peak_memory_gb
+
+from . import turns
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 STEPS_A_READING = 3
@@ -167,7 +168,7 @@ class SubjectStep:
         return DiffusionBatch(latents, inputs, pooled, masks, supervised)
 
 
-def measure_size(step: SubjectStep, size: int, rounds: int) -> Table:
+def measure_size(step: SubjectStep, size: int, rounds: int) -> turns.Table:
     """One table of a batch size: compiled and not, with the attention-map loss and without."""
     batch, device = step.random_batch(size), step.accelerator.device
 
@@ -180,7 +181,7 @@ def measure_size(step: SubjectStep, size: int, rounds: int) -> Table:
                     with step.without_attention_loss():
                         step.run(batch)
 
-    works: dict[str, Work] = {}
+    works: dict[str, turns.Work] = {}
     for compiled in (False, True) if step.settings.engine.compile else (False,):
         for attention in (True, False):
             name = ("compiled" if compiled else "eager") + ("" if attention else WITHOUT)
@@ -188,14 +189,14 @@ def measure_size(step: SubjectStep, size: int, rounds: int) -> Table:
     flops, memory, peak = step.count_flops(batch), {}, peak_flops(device, step.settings.engine)
     for name, work in works.items():
         work()  # compiles
-        wait_for(device)
+        turns.wait_for(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         work()
-        wait_for(device)
+        turns.wait_for(device)
         memory[name] = peak_memory_gb(device)
     rows: dict[str, dict[str, float]] = {}
-    for name, taken in median_seconds(works, rounds, device).items():
+    for name, taken in turns.median_seconds(works, rounds, device).items():
         seconds = taken.wall / STEPS_A_READING
         rows[name] = {
             "images/s": size / seconds,
@@ -207,10 +208,10 @@ def measure_size(step: SubjectStep, size: int, rounds: int) -> Table:
             rows[name]["MFU"] = flops / seconds / peak
     for row in rows.values():
         row["ratio"] = row["ms a step"] / rows["eager"]["ms a step"]
-    return Table("gpu", f"{_shapes(step)}, batch {size}", rows)
+    return turns.Table("gpu", f"{_shapes(step)}, batch {size}", rows)
 
 
-def measure_sizes(settings: TrainSettings, sizes: Sequence[int], rounds: int) -> Iterator[Table]:
+def measure_sizes(settings: TrainSettings, sizes: Sequence[int], rounds: int) -> Iterator[turns.Table]:
     """A table for each batch size that fits, then the bar."""
     step = SubjectStep.of(settings)
     shares: dict[str, float] = {}
@@ -223,13 +224,15 @@ def measure_sizes(settings: TrainSettings, sizes: Sequence[int], rounds: int) ->
         shares |= {f"{name}, batch {size}": row["MFU"] for name, row in table.rows.items() if "MFU" in row}
         yield table
     if not shares:
-        yield Table("gpu", "the peak of this device is not known: no share of it, no bar", {})
+        yield turns.Table("gpu", "the peak of this device is not known: no share of it, no bar", {})
         return
     best = max((name for name in shares if WITHOUT not in name), key=lambda name: shares[name])
-    yield Table("gpu", "best of all sizes", {}, (Bar(f"share of the peak (MFU), {best}", shares[best], 0.3, True),))
+    yield turns.Table(
+        "gpu", "best of all sizes", {}, (turns.Bar(f"share of the peak (MFU), {best}", shares[best], 0.3, True),)
+    )
 
 
-def bench_gpu(options: argparse.Namespace) -> Iterator[Table]:
+def bench_gpu(options: argparse.Namespace) -> Iterator[turns.Table]:
     """SD 2.1 at 512 px, batches of 1 to 32."""
     yield from measure_sizes(gpu_settings(options.subjects), BATCH_SIZES, options.rounds)
 

@@ -29,12 +29,13 @@ from data_pipeline.build_settings import DataSettings as BuildSettings
 from data_pipeline.engine.build import build
 from data_pipeline.settings import load_settings
 from model.base_loading import SHIPPED
-from scripts.bench_train_parts.turns import Bar, Table, median_seconds, wait_for
 from train.draws import SampleDraws
 from train.loop import train
 from train.optimizers import build_optimizer
 from train.settings import REPOSITORY, TrainSettings, load_model_settings
 from train.tasks import build_task
+
+from . import turns
 
 CONFIG = REPOSITORY / "configs" / "train" / "toybox" / "subject.yaml"
 SD21 = Path("configs/model/sd21.yaml")
@@ -101,14 +102,14 @@ def run_bare(settings: TrainSettings) -> Windows:
     draws = [SampleDraws(settings.seed, step, range(step * size, (step + 1) * size)) for step in steps]
     seconds = []
     for first in range(0, settings.steps, settings.report.log_every):
-        wait_for(device)
+        turns.wait_for(device)
         start = time.perf_counter()
         for step in steps[first : first + settings.report.log_every]:
             loss, _ = module(batches[step], draws[step], step)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        wait_for(device)
+        turns.wait_for(device)
         seconds.append((time.perf_counter() - start) / settings.report.log_every)
     return Windows(seconds[1:], [0.0] * (len(seconds) - 1))
 
@@ -136,7 +137,7 @@ def rows_of(found: Mapping[str, Windows], samples: int) -> dict[str, dict[str, f
     return rows
 
 
-def bench_overhead(options: argparse.Namespace, changes: Mapping[str, Any] = NONE) -> Iterator[Table]:
+def bench_overhead(options: argparse.Namespace, changes: Mapping[str, Any] = NONE) -> Iterator[turns.Table]:
     """The loop against a bare one over the same batches."""
     with _folder() as folder:
         settings = toybox_settings(folder, changes)
@@ -144,10 +145,10 @@ def bench_overhead(options: argparse.Namespace, changes: Mapping[str, Any] = NON
         rows = rows_of(in_turn(contenders, options.rounds), settings.batch_size)
     share = rows["trainer"]["seconds a step"] / rows["bare loop"]["seconds a step"] - 1
     shapes = f"{_shapes(settings)}, latents and features cached; no checkpoint or validation within the windows"
-    yield Table("overhead", shapes, rows, (Bar("trainer's overhead over a bare loop", share, 0.05),))
+    yield turns.Table("overhead", shapes, rows, (turns.Bar("trainer's overhead over a bare loop", share, 0.05),))
 
 
-def bench_cache(options: argparse.Namespace, changes: Mapping[str, Any] = NONE) -> Iterator[Table]:
+def bench_cache(options: argparse.Namespace, changes: Mapping[str, Any] = NONE) -> Iterator[turns.Table]:
     """The loop on cached and on live scenes; and what SD's autoencoder takes for one picture."""
     with _folder() as folder:
         cached = toybox_settings(folder, changes)
@@ -157,11 +158,11 @@ def bench_cache(options: argparse.Namespace, changes: Mapping[str, Any] = NONE) 
     for row in rows.values():
         row["ratio"] = row["images/s"] / rows["live"]["images/s"]
     shapes = f"{_shapes(live)}; live: rendered by {live.data.workers} process(es), encoded at every step"
-    yield Table("cache", shapes, rows)
+    yield turns.Table("cache", shapes, rows)
     yield sd_latents(options.rounds)
 
 
-def sd_latents(rounds: int, side: int = 512) -> Table:
+def sd_latents(rounds: int, side: int = 512) -> turns.Table:
     """Seconds to encode one picture with SD's autoencoder (random weights), and to read its latents from a file."""
     vae = AutoencoderKL(**load_model_settings(SD21).architecture["vae"]).eval().requires_grad_(False)
     picture = torch.randn(1, 3, side, side)
@@ -172,12 +173,12 @@ def sd_latents(rounds: int, side: int = 512) -> Table:
             return vae.encode(picture).latent_dist.mean  # (1, 4, h, w)
 
         save_file({"latents": encode().half()}, file)
-        taken = median_seconds({"live": encode, "cached": partial(load_file, file)}, rounds, picture.device)
+        taken = turns.median_seconds({"live": encode, "cached": partial(load_file, file)}, rounds, picture.device)
     rows = {name: {"seconds": each.wall, "CPU seconds": each.processor} for name, each in taken.items()}
-    return Table("cache", f"latents of one picture of {side} px by SD's autoencoder, fp32", rows)
+    return turns.Table("cache", f"latents of one picture of {side} px by SD's autoencoder, fp32", rows)
 
 
-def bench_wait(options: argparse.Namespace, changes: Mapping[str, Any] = NONE) -> Iterator[Table]:
+def bench_wait(options: argparse.Namespace, changes: Mapping[str, Any] = NONE) -> Iterator[turns.Table]:
     """The loop on live scenes with two loading processes: rendered, and out of shards."""
     with _folder() as folder:
         with redirect_stdout(sys.stderr):
@@ -192,11 +193,11 @@ def bench_wait(options: argparse.Namespace, changes: Mapping[str, Any] = NONE) -
         contenders = {name: partial(run_loop, each) for name, each in settings.items()}
         rows = rows_of(in_turn(contenders, options.rounds), settings["shards"].batch_size)
     bars = [
-        Bar(f"share of the time that waits for data, {name}", row["data wait %"] / 100, 0.02)
+        turns.Bar(f"share of the time that waits for data, {name}", row["data wait %"] / 100, 0.02)
         for name, row in rows.items()
     ]
     shapes = f"{_shapes(settings['shards'])}, live, 2 loading processes; shards: scenes of {SHARD_SIDE} px"
-    yield Table("wait", shapes, rows, tuple(bars))
+    yield turns.Table("wait", shapes, rows, tuple(bars))
 
 
 def build_shards(folder: Path) -> None:

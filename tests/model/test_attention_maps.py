@@ -58,33 +58,39 @@ def recorder() -> AttentionMapRecorder:
 # --- the values
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["in products", "fused"])
 @pytest.mark.parametrize("num_subjects", [0, 1, 3, 8])
-def test_maps_equal_softmax_and_the_output_stays(num_subjects) -> None:
-    query, key, value = torch.randn(2, 4, 9, 16), torch.randn(2, 4, LENGTH, 16), torch.randn(2, 4, LENGTH, 16)
-    weights = torch.rand(2, num_subjects, LENGTH)
+def test_maps_equal_softmax_and_the_output_stays(num_subjects, dtype) -> None:
+    query, key, value = (torch.randn(2, 4, length, 16, dtype=dtype) for length in (9, LENGTH, LENGTH))
+    weights = torch.rand(2, num_subjects, LENGTH, dtype=dtype)
     output, maps = attend_and_record(query, key, value, weights)
     probabilities = (query @ key.mT / 16**0.5).softmax(-1)  # (2, 4, 9, L)
     torch.testing.assert_close(maps, torch.einsum("bhql,bsl->bhsq", probabilities, weights), atol=1e-6, rtol=0)
     torch.testing.assert_close(output, probabilities @ value, atol=1e-6, rtol=0)
 
 
-def test_gradients_of_the_maps_reach_query_and_key() -> None:
-    query, key = torch.randn(1, 1, 4, 8, requires_grad=True), torch.randn(1, 1, LENGTH, 8, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["in products", "fused"])
+def test_gradients_of_the_maps_reach_query_and_key(dtype) -> None:
+    query, key = (torch.randn(1, 1, length, 8, dtype=dtype, requires_grad=True) for length in (4, LENGTH))
     weights = torch.eye(LENGTH)[None, :2]
-    attend_and_record(query, key, torch.randn(1, 1, LENGTH, 8), weights)[1].square().sum().backward()
+    attend_and_record(query, key, torch.randn(1, 1, LENGTH, 8, dtype=dtype), weights)[1].square().sum().backward()
     probabilities = (query.detach().requires_grad_() @ key.mT / 8**0.5).softmax(-1)
     expected = torch.autograd.grad(probabilities[..., :2].square().sum(), key)[0]
     torch.testing.assert_close(key.grad, expected, atol=1e-6, rtol=1e-5)
     assert query.grad.abs().max() > 0
 
 
-def test_a_masked_token_gets_no_attention() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["in products", "fused"])
+@pytest.mark.parametrize("as_logits", [False, True])
+def test_a_masked_token_gets_no_attention(dtype, as_logits) -> None:
     mask = torch.ones(1, 1, 1, LENGTH, dtype=torch.bool)
     mask[..., 2] = False
+    if as_logits:
+        mask = torch.zeros(1, 1, 1, LENGTH, dtype=dtype).masked_fill(~mask, float("-inf"))
     weights = torch.eye(LENGTH)[None]
-    maps = attend_and_record(*(torch.randn(1, 1, n, 8) for n in (4, LENGTH, LENGTH)), weights, mask)[1]
+    maps = attend_and_record(*(torch.randn(1, 1, n, 8, dtype=dtype) for n in (4, LENGTH, LENGTH)), weights, mask)[1]
     assert maps[0, 0, 2].abs().max() == 0
-    torch.testing.assert_close(maps.sum(2), torch.ones(1, 1, 4))
+    torch.testing.assert_close(maps.sum(2), torch.ones(1, 1, 4, dtype=dtype))
 
 
 # --- in the UNet

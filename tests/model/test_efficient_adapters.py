@@ -224,6 +224,20 @@ def test_several_adapters_of_a_block_work_side_by_side(unet, block) -> None:
     assert torch.allclose(block(x, encoder_hidden_states=text), there, atol=1e-6)
 
 
+def test_a_pass_that_was_broken_off_leaves_nothing_behind(unet, block) -> None:
+    attach(unet, [awake(unet, "attn1i-transo", "resi-reso")])
+    whole = run(unet)
+
+    def stop(*ignored: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = block.attn2.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(unet)
+    handle.remove()
+    assert torch.equal(run(unet), whole)
+
+
 def test_strength_nought_is_the_base_bit_for_bit(unet) -> None:
     plain, adapters = run(unet), awake(unet, *PUBLISHED)
     adapters.strength = 0.0

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from torch import nn
 
-from data_pipeline.errors import UserError
-from train import checkpoints
-from train.checkpoints import list_checkpoints, read_checkpoint, write_checkpoint
 from train.diffusion_batch import DiffusionBatch
-from train.loop import StepBatches, _Averaged
+from train.loop import StepBatches
 from train.model_card import replace_section
 from train.schedule import learning_rate_factor
 from train.settings import OptimizerSettings
@@ -32,63 +27,10 @@ def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
 
 
 def test_positions_are_arithmetic_and_disjoint_between_processes() -> None:
-    both = [list(StepBatches(0, 4, 3, rank, 2)) for rank in (0, 1)]
+    both = [list(StepBatches(range(4), 3, rank, 2)) for rank in (0, 1)]
     seen = sorted(index for batches in both for batch in batches for index in batch)
     assert seen == list(range(24))
-    assert list(StepBatches(2, 4, 3, 1, 2)) == both[1][2:]
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2, 2)
-
-
-def small_run() -> tuple[Small, dict[str, torch.Tensor], torch.optim.Optimizer]:
-    module = Small()
-    optimizer = torch.optim.AdamW(module.parameters())
-    module.layer(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    return module, {n: p.detach().clone() + 1 for n, p in module.named_parameters()}, optimizer
-
-
-def test_a_checkpoint_restores_model_ema_and_optimiser(tmp_path: Path) -> None:
-    module, ema, optimizer = small_run()
-    write_checkpoint(tmp_path, 7, module, ema, optimizer, keep=2)
-    other, other_ema, other_optimizer = small_run()
-    assert read_checkpoint(tmp_path, other, other_ema, other_optimizer) == 7
-    assert torch.equal(other.layer.weight, module.layer.weight)
-    assert torch.equal(other_ema["layer.weight"], ema["layer.weight"])
-    assert torch.equal(
-        other_optimizer.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"]
-    )
-
-
-def test_only_the_newest_checkpoints_are_kept_and_half_written_ones_do_not_count(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        write_checkpoint(tmp_path, step, *small_run(), keep=2)
-    (tmp_path / "step-00000009.part").mkdir()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
-
-
-def test_a_full_disk_leaves_the_last_checkpoint_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_checkpoint(tmp_path, 1, *small_run(), keep=1)
-
-    def full(*arguments: object, **named: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        write_checkpoint(tmp_path, 2, *small_run(), keep=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-
-
-def test_the_average_is_in_the_module_only_inside_the_context() -> None:
-    module, ema, _ = small_run()
-    before = module.layer.weight.detach().clone()
-    with _Averaged(module, ema):
-        assert torch.equal(module.layer.weight, ema["layer.weight"]) and not module.training
-    assert torch.equal(module.layer.weight, before) and module.training
+    assert list(StepBatches(range(2, 4), 3, 1, 2)) == both[1][2:]
 
 
 def test_the_patch_code_with_all_components_is_lossless_and_fewer_lose_more() -> None:

@@ -28,8 +28,8 @@ def run(chain: Path) -> Path:
 
 
 def region_settings(runs: Path) -> TrainSettings:
-    inputs = {"image": "clip", "text": "base"}
-    return tiny_settings("region_clip", runs, inputs=inputs, data__size=64, data__toybox__references=[1, 1], ema__decay=0.0)
+    changes = {"data__size": 64, "data__toybox__references": [1, 1], "ema__decay": 0.0}
+    return tiny_settings("region_clip", runs, inputs={"image": "clip", "text": "base"}, **changes)
 
 
 def scene_of(caption_with: str, split: str = "val") -> ToyboxScene:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,10 @@ def test_a_run_that_died_between_checkpoints_resumes_bitwise(
     stopped = tiny_settings(task, tmp_path, name="stopped", steps=5)
     real_step = loop._Run._step
 
-    def step_that_dies(run: loop._Run, step: int, batches: object) -> float:
-        if step == 3:
+    def step_that_dies(run: loop._Run, batches: Iterator[Any]) -> None:
+        if run.state.step == 3:
             raise Died
-        return real_step(run, step, batches)  # type: ignore[arg-type]
+        real_step(run, batches)
 
     monkeypatch.setattr(loop._Run, "_step", step_that_dies)
     with pytest.raises(Died):
@@ -66,16 +67,17 @@ def test_a_run_that_died_between_checkpoints_resumes_bitwise(
     assert_bitwise_equal(final_weights(whole.folder), final_weights(stopped.folder))
 
 
-def test_asked_to_stop_it_writes_a_checkpoint_and_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_it_writes_a_checkpoint_and_leaves(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real_step = loop._Run._step
 
-    def step_then_signal(run: loop._Run, step: int, batches: object) -> float:
-        waited = real_step(run, step, batches)  # type: ignore[arg-type]
-        if step == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return waited
+    def signal_then_step(run: loop._Run, batches: Iterator[Any]) -> None:
+        os.kill(os.getpid(), number)
+        real_step(run, batches)
 
-    monkeypatch.setattr(loop._Run, "_step", step_then_signal)
+    monkeypatch.setattr(loop._Run, "_step", signal_then_step)
     settings = tiny_settings("vae", tmp_path, steps=5)
     train(settings)
     assert [path.name for path in list_checkpoints(settings.folder / "checkpoints")] == ["step-00000001"]
@@ -86,7 +88,7 @@ def test_gradients_that_stay_non_finite_stop_the_run_and_name_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = tiny_settings("vae", tmp_path, steps=30, optimizer__learning_rate=1e30, optimizer__warmup_steps=0)
-    with pytest.raises(UserError, match="not finite in 10 steps on end .*optimizer.learning_rate"):
+    with pytest.raises(UserError, match="not finite in 10 steps on end .*samples sample .*optimizer.learning_rate"):
         train(settings)
 
 
@@ -102,11 +104,12 @@ def test_a_checkpoint_of_another_shape_is_refused_in_one_line(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_killed_with_sigkill_again_and_again_it_ends_with_the_same_weights(tmp_path: Path) -> None:
-    whole = tiny_settings("vae", tmp_path, name="whole", steps=40, checkpoint_every=3)
+    whole = tiny_settings("vae", tmp_path, name="whole", steps=40, report__checkpoint_every=3)
     train(whole)
     arguments = [f"{key}={value}" for key, value in {
         "task": "vae", "name": "killed", "runs_dir": tmp_path, "model": tmp_path / "sizes.yaml", "steps": 40,
-        "batch_size": 4, "log_every": 1, "checkpoint_every": 3, "validate_every": 100, "data.size": 32,
+        "batch_size": 4, "report.log_every": 1, "report.checkpoint_every": 3, "report.validate_every": 100,
+        "report.trackers": "[]", "data.size": 32,
         "data.workers": 0, "data.cache_scenes": 8, "options.code_steps": 2,
     }.items()]  # fmt: skip
     (tmp_path / "empty.yaml").write_text("")

@@ -23,7 +23,7 @@ from train.settings import TrainSettings
 from train.starting_models import noise_schedule
 from train.tasks.base import BaseTask
 from train.tasks.subject import SubjectTask
-from train.validation_grid import TILE, attention_by_mask, attention_overview, subject_tiles
+from train.validation_grid import TILE, attention_by_mask, attention_overview, subject_tiles, write_grid
 
 CPU = torch.device("cpu")
 
@@ -71,8 +71,11 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor], tolerance:
 # --- what a step draws
 
 
-def test_a_step_is_the_same_whether_one_process_takes_all_samples_or_two_share_them(task: SubjectTask) -> None:
-    assert_equal(gradients(task, [range(0, 8)]), gradients(task, [range(0, 4), range(4, 8)]))
+@pytest.mark.parametrize("step", range(4))  # with other numbers of references
+def test_a_step_is_the_same_whether_one_process_takes_all_samples_or_two_share_them(
+    task: SubjectTask, step: int
+) -> None:
+    assert_equal(gradients(task, [range(0, 8)], step), gradients(task, [range(0, 4), range(4, 8)], step))
 
 
 def test_another_step_draws_other_noise(task: SubjectTask) -> None:
@@ -92,6 +95,7 @@ def test_every_trained_parameter_takes_part_even_where_all_conditions_are_droppe
 
 def test_the_parameters_names_are_those_that_patterns_match(task: SubjectTask) -> None:
     trained = [name for name, parameter in task.module.named_parameters() if parameter.requires_grad]
+    assert not any(name.startswith("model.") for name in task.module.state_dict())
     assert trained == task.trained and {name.split(".")[0] for name in trained} == {"unet", "text_encoder", "adapter"}
 
 
@@ -165,6 +169,16 @@ def test_a_subjects_two_tiles_show_its_attention_and_its_mask_and_absent_subject
     looked, mask = tiles[0][0, :half, :half], tiles[0][0, :half, half:]
     assert looked[0, 0] == 1 and looked[-1, -1] == pytest.approx(0.2) and mask[0, -1] == 1 and mask[0, 0] < 0.25
     assert (tiles[0][:, half:] == 1).all()
+
+
+def test_pictures_of_any_size_become_tiles_of_one_size_and_samples_stand_two_a_line(tmp_path: Path) -> None:
+    large, small = torch.zeros(3, 512, 512), torch.zeros(3, 8, 8)
+    large[:, :, 256:], small[:, :, 4:] = 1.0, 1.0
+    write_grid([[large], [small], [large]], ["one", "two", "three"], tmp_path / "grid.png")
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert TILE * 2 < grid.shape[0] < TILE * 2.5 and TILE * 2 < grid.shape[1] < TILE * 2.5
+    first, second = grid[4 : 4 + TILE, 4 : 4 + TILE], grid[4 : 4 + TILE, 8 + TILE : 8 + 2 * TILE]
+    assert (first == second).all() and first[0, TILE // 2 - 1, 0] == 0 and first[0, TILE // 2, 0] == 255
 
 
 # --- what the engine changes: memory and speed, not results

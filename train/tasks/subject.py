@@ -71,7 +71,8 @@ class SubjectTraining(nn.Module):
             self.schedule, prediction, noisy.latents, noisy.noise, noisy.timesteps, settings.snr_gamma,
             mask_weights(batch, settings.mask_weight),
         )  # fmt: skip
-        metrics = {"denoising": error, **band_metrics(self.schedule, prediction, noisy, settings.timestep_bands)}
+        bands = band_metrics(self.schedule, prediction, noisy, settings.timestep_bands)
+        metrics = {"denoising": error.detach(), **bands}
         if recorder is None:
             return error, metrics
         named = named_subjects(inputs)

@@ -91,7 +91,7 @@ class CustomDiffusionModule(WeightModule):
 
 def tuned_parts(unet: nn.Module, parts: Parts) -> dict[str, nn.Module]:
     """What is trained of a UNet, by name."""
-    layers = cross_attention_layers(unet)  # type: ignore[arg-type]
+    layers = cross_attention_layers(unet)
     names = [f"{layer}.{inner}" for layer in layers for inner in ("to_k", "to_v")] if parts == "kv" else layers
     return {f"unet.{name}": unet.get_submodule(name) for name in names}
 

@@ -7,6 +7,7 @@ diffusers' DreamBooth-LoRA example.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -178,14 +179,17 @@ def _load(pipeline: SubjectDiffusionPipeline, part: str, tensors: dict[str, Tens
         UserError: it was made for another base.
     """
     network = getattr(pipeline, part)
-    tensors = {key: value.to(network.device, network.dtype) for key, value in tensors.items()}
+    device, dtype = network.device, network.dtype
+    tensors = {key: value.to(device, dtype) for key, value in tensors.items()}
     _check_shapes(network, part, tensors, label)
-    if part == "unet":
-        network.load_lora_adapter(tensors, prefix=part, adapter_name=name)
-    else:
-        StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(
-            tensors, network_alphas=None, text_encoder=network, prefix=part, adapter_name=name
-        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once are meant
+        if part == "unet":
+            network.load_lora_adapter(tensors, prefix=part, adapter_name=name)
+        else:
+            StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(
+                tensors, network_alphas=None, text_encoder=network, prefix=part, adapter_name=name
+            )
 
 
 def _check_shapes(network: nn.Module, part: str, tensors: dict[str, Tensor], label: str) -> None:

@@ -26,7 +26,7 @@ from infer.loading import one_line_errors
 from infer.refine.method import Concept, RefineBase
 from infer.refine.prompts import fill
 from infer.refine.regularisation.picture_set import CaptionedPicture, PictureSet
-from model.base_loading import locate
+from model.base_loading import ModelLoadingError, locate
 
 Draw = Callable[[list[str], list[torch.Generator]], Sequence[Image.Image]]
 TOLD = "set.json"  # what the folder's pictures are, for a person
@@ -90,22 +90,25 @@ class PipelineRegularisation(DrawnSettings):
     def _start(self, device: torch.device) -> Draw:
         from diffusers import DiffusionPipeline
 
-        with one_line_errors(f"regularisation.model={self.model}"):
+        try:
             place = locate(self.model, "base")
+        except ModelLoadingError as error:
+            raise UserError(f"regularisation.model: {error}") from error
+        with one_line_errors(f"regularisation.model={self.model}"):
             pipeline = DiffusionPipeline.from_pretrained(
                 place, use_safetensors=True, dtype=torch_dtype(self.precision)
             ).to(device)
         if self.lora is not None:
             file = Path(self.lora).expanduser()
-            where, options = (file.parent, {"weight_name": file.name}) if file.is_file() else (self.lora, {})
+            where, named = (file.parent, {"weight_name": file.name}) if file.is_file() else (self.lora, {})
             with one_line_errors(f"regularisation.lora={self.lora}"):
-                pipeline.load_lora_weights(where, use_safetensors=True, **options)
+                pipeline.load_lora_weights(where, use_safetensors=True, **named)
         pipeline.set_progress_bar_config(disable=True)
         known = inspect.signature(pipeline.__call__).parameters
         if "prompt" not in known:
             raise UserError(f"regularisation.model={self.model}: a {type(pipeline).__name__} draws from no prompt")
         told: dict[str, Any] = {"num_inference_steps": self.steps, "guidance_scale": self.guidance_scale}
-        options = {name: value for name, value in told.items() if name in known}
+        options: dict[str, Any] = {name: value for name, value in told.items() if name in known}
 
         def draw(prompts: list[str], generators: list[torch.Generator]) -> Sequence[Image.Image]:
             if "negative_prompt" in known:

@@ -1,4 +1,4 @@
-"""Files put to use: several methods' words in one prompt, and what cannot be used is refused before anything changes."""
+"""Files put to use: several methods' words in one prompt; what cannot be used is refused before anything changes."""
 
 from __future__ import annotations
 
@@ -118,7 +118,8 @@ def test_a_method_of_another_program_is_refused(tiny_model: TinyModel) -> None:
 
 def test_strength_and_mode_can_be_told_at_inference(tiny_model: TinyModel, tmp_path: Path) -> None:
     files = [made(tiny_model, tmp_path, "lasr", "z", mode="fast"), made(tiny_model, tmp_path, "lasr", "y", seed=1)]
-    assert with_files(tiny_model, files[:1]).pipeline.words.mode == "fast"
+    plain = made(tiny_model, tmp_path, "textual-inversion", "x")
+    assert with_files(tiny_model, [files[0], plain]).pipeline.words.mode == "fast"
     assert with_files(tiny_model, files).pipeline.words.mode == "exact"
     base = tiny_base(tiny_model)
     install_refinements(base.pipeline, files, base.name, mode="fast", scale=0.5, adaptive_weight=0.25)

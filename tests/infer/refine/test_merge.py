@@ -34,7 +34,8 @@ def test_one_target_in_two_dimensions_by_hand() -> None:
 
 
 def test_the_constraint_holds_and_no_feasible_point_is_cheaper() -> None:
-    known, targets, start, values = numbers(60, 12), numbers(3, 12, seed=1), numbers(5, 12, seed=2), numbers(3, 5, seed=3)
+    known, targets = numbers(60, 12), numbers(3, 12, seed=1)
+    start, values = numbers(5, 12, seed=2), numbers(3, 5, seed=3)
     found = ClosedForm(known, targets).weight(start, values)
     assert torch.allclose(found.double() @ targets.T, values.T, atol=1e-4)
     least = cost(found, start, known)

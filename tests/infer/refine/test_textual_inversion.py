@@ -18,6 +18,7 @@ from infer.refine.refinement import read_refinement
 from model.losses import diffusion_target
 from model.prompt import encode_ids
 from model.reference import prepare_reference
+from model.text_fusion import encode_prompt
 from tests.infer.refine.tiny_base import (
     concept,
     drawn,
@@ -139,8 +140,6 @@ def test_exported_words_say_the_same_in_diffusers(vectors: int, tiny_model: Tiny
     stock.load_textual_inversion(path)
     theirs, _ = stock.encode_prompt("a <toy> on the beach", "cpu", 1, False)
     ids = encode_ids(base.pipeline.tokenizer, module.learned.expand("a <toy> on the beach"))[None]
-    from model.text_fusion import encode_prompt
-
     nowhere = torch.zeros(1, 0, dtype=torch.int64)
     ours = encode_prompt(base.pipeline.text_encoder, ids, None, nowhere, words=module.learned.word_rows())
     assert torch.allclose(theirs, ours, atol=1e-5)
