@@ -32,6 +32,7 @@ class DrawSettings(Settings):
 
     model: str = "toybox"  # shipped name, folder or hub id
     base: str | None = None  # another base for trained parts than the one they name
+    plain: bool = False  # draw with the plain base of the model, for subjects that were refined on it
     scheduler: SchedulerName | None = None  # sampler; null: the model's own
     steps: int = Field(50, ge=1, le=1000)
     guidance: Literal["separate", "joint", "none"] = "separate"
@@ -88,7 +89,10 @@ def open_pipeline(settings: DrawSettings, device: str, precision: Precision) -> 
 
     hush_libraries()
     device = usable_device(device)
-    pipeline = SubjectDiffusionPipeline.from_pretrained(settings.model, settings.base, dtype=torch_dtype(precision))
+    if settings.plain:
+        pipeline = SubjectDiffusionPipeline.from_plain_base(settings.base or settings.model, torch_dtype(precision))
+    else:
+        pipeline = SubjectDiffusionPipeline.from_pretrained(settings.model, settings.base, dtype=torch_dtype(precision))
     pipeline.scheduler = sampler(pipeline.scheduler, settings.scheduler)
     return pipeline.to(device)
 

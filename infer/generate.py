@@ -38,6 +38,7 @@ from infer.subjects import SYNTAX, Box, Subject, SubjectArgument, match_nouns, p
 
 if TYPE_CHECKING:
     from infer.pipeline import SubjectDiffusionPipeline
+    from infer.refine.refinement import Refinement
 
 SUBJECT_HELP = (
     f"{SYNTAX}; once a subject. Commas are several photos of it, the box is in fractions of the picture, dog#2 is the "
@@ -87,21 +88,29 @@ def run(settings: GenerateSettings) -> list[Path]:
     Raises:
         UserError: any mistake in the settings or the files they name; pictures written before it stay.
     """
-    arguments = [parse_subject(text) for text in settings.subjects]
+    given = [parse_subject(text) for text in settings.subjects]
+    arguments = [argument for argument in given if not argument.is_refined]
+    refined = [argument for argument in given if argument.is_refined]
     references = [_load_references(argument, settings.cutout) for argument in arguments]
     subjects = [
         Subject(a.noun, [reference.cutout for reference in found], a.box, a.strength, a.occurrence)
         for a, found in zip(arguments, references, strict=True)
     ]
     match_nouns(settings.prompt, subjects)
+    refinements = _read_refined(refined, settings.prompt)
     folder = open_output_folder(settings.output)
     pipeline = open_pipeline(settings, settings.device, settings.precision)
+    if refinements:
+        from infer.refine.install import install_refinements
+
+        install_refinements(pipeline, refinements, f"{settings.model} (plain)" if settings.plain else settings.model)
     model = pipeline.fingerprint()
 
     paths: list[Path] = []
     for seed, picture, boxes in _draw(pipeline, settings, subjects):
         places: Sequence[Box | None] = boxes or [None] * len(arguments)
         described = [_describe(argument, box) for argument, box in zip(arguments, places, strict=True)]
+        described += [_describe(argument, None) for argument in refined]
         record = PictureRecord(settings.prompt, seed, model, settings.model_dump(mode="json"), described)
         paths.append(write_picture(folder, picture, record))
         if len(paths) == 1:
@@ -200,6 +209,30 @@ def _draw(
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         )
         yield from zip(seeds, drawn.images, drawn.boxes, strict=True)
+
+
+def _read_refined(arguments: Sequence[SubjectArgument], prompt: str) -> list[Refinement]:
+    """The refinements that are named as subjects, their placeholders called as the prompt calls them."""
+    if not arguments:
+        return []
+    from infer.refine.refinement import read_refinement, rename_placeholders
+
+    found = []
+    for argument in arguments:
+        where = f"subject {argument.noun}"
+        if argument.box or argument.masks or argument.strength != 1 or argument.occurrence or len(argument.files) > 1:
+            raise UserError(f"{where}: a refined subject is one file, without box, mask, strength or number")
+        refinement = read_refinement(argument.files[0])
+        names = argument.noun.split("+")
+        if len(names) != len(refinement.words):
+            raise UserError(
+                f"{where}: {refinement.label} holds {len(refinement.words)} words ({', '.join(refinement.words)}); "
+                "name as many, joined by +"
+            )
+        match_nouns(prompt, [Subject(name, []) for name in names])
+        pairs = [pair for pair in zip(list(refinement.words), names, strict=True) if pair[0] != pair[1]]
+        found.append(rename_placeholders(refinement, pairs))
+    return found
 
 
 def _describe(argument: SubjectArgument, box: Box | None) -> dict[str, Any]:

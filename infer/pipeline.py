@@ -38,7 +38,7 @@ from infer.call_checks import (
 )
 from infer.conditions import PictureRequest, ReferenceFeatures, build_inputs
 from infer.layout import place_subjects
-from infer.loading import load_base_networks, load_trained_parts, locate_model, one_line_errors
+from infer.loading import load_base, load_base_networks, load_trained_parts, locate_model, one_line_errors
 from infer.subjects import Box, Subject
 from model.composition import SubjectDiffusionModel
 from model.image_encoder import SubjectImageEncoder
@@ -113,6 +113,7 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.reference_features = ReferenceFeatures()
+        self.installed: tuple[str, ...] = ()  # digests of the refinements that are put to use
         self._subject_model: SubjectDiffusionModel | None = None
 
     @classmethod
@@ -135,6 +136,19 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
             kwargs["base"] = base
         with one_line_errors(f"model {name}"):
             return super().from_pretrained(place, **{"use_safetensors": True, "dtype": dtype, **kwargs})
+
+    @classmethod
+    def from_plain_base(cls, name: str | Path, dtype: torch.dtype = torch.float32) -> SubjectDiffusionPipeline:
+        """A plain base, by its own name or that of a subject model on it: it draws refined words, but no photos.
+
+        Raises:
+            UserError: it cannot be found or read.
+        """
+        stock = load_base(name, dtype)
+        return cls(
+            vae=stock.vae, text_encoder=stock.text_encoder, tokenizer=stock.tokenizer, unet=stock.unet,
+            scheduler=stock.scheduler, adapter=None, image_encoder=None, base=str(name),
+        )  # fmt: skip
 
     @property
     def subject_model(self) -> SubjectDiffusionModel:
@@ -304,6 +318,7 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
         for part in (self.adapter, self.words):
             if part is not None:
                 digest.update(base_fingerprint(part, self.text_encoder).encode())
+        digest.update("".join(self.installed).encode())
         return digest.hexdigest()
 
     def _plain_base(self) -> tuple[UNet2DConditionModel, CLIPTextModel]:

@@ -17,6 +17,7 @@ from PIL import Image
 from data_pipeline.errors import UserError
 
 MAX_STRENGTH = 2.0
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # other programs' refinements, refused with the reason
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the picture to be drawn
 SYNTAX = "NAME=FILE[,FILE…][@x0,y0,x1,y1][:strength=W][:mask=FILE[,FILE…]]"
 
@@ -47,6 +48,11 @@ class SubjectArgument:
     box: Box | None = None
     strength: float = 1.0
     occurrence: int | None = None
+
+    @property
+    def is_refined(self) -> bool:
+        """Whether it names the file of a refinement instead of pictures."""
+        return any(file.suffix == ".safetensors" or file.suffix in PICKLED for file in self.files)
 
 
 def parse_subject(text: str) -> SubjectArgument:

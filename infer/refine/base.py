@@ -5,12 +5,10 @@ On the subject model refined and zero-shot subjects meet in one picture; the pub
 
 from __future__ import annotations
 
-from data_pipeline.errors import UserError
 from infer.drawing import usable_device
 from infer.loading import hush_libraries
 from infer.pipeline import SubjectDiffusionPipeline
 from infer.refine.method import RefineBase
-from model.base_loading import load_base
 from model.saving import base_fingerprint
 
 
@@ -26,7 +24,8 @@ def open_base(model: str, plain: bool, device: str, templates: tuple[str, ...]) 
         UserError: nothing of that name.
     """
     hush_libraries()
-    pipeline = plain_pipeline(model) if plain else SubjectDiffusionPipeline.from_pretrained(model)
+    own = SubjectDiffusionPipeline
+    pipeline = own.from_plain_base(model) if plain else own.from_pretrained(model)
     pipeline.to(usable_device(device))
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet, pipeline.adapter, pipeline.image_encoder):
         if part is not None:
@@ -35,18 +34,3 @@ def open_base(model: str, plain: bool, device: str, templates: tuple[str, ...]) 
     name = f"{model} (plain)" if plain else model
     return RefineBase(pipeline, name, base_fingerprint(pipeline.unet, pipeline.text_encoder), templates)
 
-
-def plain_pipeline(model: str) -> SubjectDiffusionPipeline:
-    """A plain base, by its own name or that of a subject model on it, without subjects from photos.
-
-    Raises:
-        UserError: nothing of that name.
-    """
-    try:
-        stock = load_base(model)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return SubjectDiffusionPipeline(
-        vae=stock.vae, text_encoder=stock.text_encoder, tokenizer=stock.tokenizer, unet=stock.unet,
-        scheduler=stock.scheduler, adapter=None, image_encoder=None, base=model,
-    )  # fmt: skip

@@ -54,8 +54,10 @@ def install_refinements(
     groups: dict[str, list[Refinement]] = {}
     for refinement in refinements:
         groups.setdefault(SAME_WEIGHTS.get(refinement.method, refinement.method), []).append(refinement)
-    for name, files in groups.items():
-        load_method(name).install(pipeline, files)
+    # LoRA last: it renames the weights that the others put in their places.
+    for name in sorted(groups, key=lambda name: name == "lora"):
+        load_method(name).install(pipeline, groups[name])
+    pipeline.installed = (*pipeline.installed, *(refinement.digest() for refinement in refinements))
 
 
 def _check_together(refinements: Sequence[Refinement]) -> None:

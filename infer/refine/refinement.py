@@ -6,6 +6,7 @@ with pickle (.bin, .pt, .ckpt) are refused: loading one can run any code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -22,11 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.errors import UserError
+from infer.subjects import PICKLED
 
 FORMAT = "subject-diffusion-refinement"
 FORMAT_VERSION = 1
 PREVIEW = "preview"  # (h, w, 3) uint8
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SUFFIX = ".safetensors"
 
 
@@ -48,6 +49,14 @@ class Refinement:
     def label(self) -> str:
         """How a person knows it."""
         return str(self.path) if self.path else f"{self.method} of {', '.join(self.words)}"
+
+    def digest(self) -> str:
+        """64 hexadecimal digits that tell what is learnt apart."""
+        digest = hashlib.sha256(json.dumps([self.method, self.words], sort_keys=True).encode())
+        for name, value in sorted(self.tensors.items()):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def check_base(self, name: str, fingerprint: str) -> None:
         """Refuse another base than the one it was made on.
