@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,13 +29,34 @@ def commands(start: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[len(start.split()) :] for line in lines if line.startswith(start)]
 
 
-@pytest.mark.parametrize("arguments", commands("subject-diffusion generate"), ids=lambda arguments: arguments[1])
+def generate_commands(*, refined: bool) -> list[list[str]]:
+    found = commands("subject-diffusion generate")
+    return [words for words in found if any(".safetensors" in word for word in words) == refined]
+
+
+@pytest.mark.parametrize("arguments", generate_commands(refined=False), ids=lambda arguments: arguments[1])
 def test_a_generate_command_draws(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert main(["generate", *arguments, "steps=2", f"output={tmp_path}"]) == 0
     assert Path(capsys.readouterr().out.splitlines()[-1]).exists()
+
+
+def test_what_its_refine_commands_write_is_drawn_by_its_generate_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in ("penguin", "turtle"):
+        shutil.copy(ROOT / "infer" / "examples" / f"{name}.png", tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    quick = ["options.steps=2", "report.preview_steps=1", "runs_dir=runs"]
+    found = commands("subject-diffusion refine")
+    for arguments in [*found, [*found[-1], "--output", "tom.safetensors", "--class-word", "cat"]]:
+        assert main(["refine", *arguments, *quick]) == 0
+    for arguments in generate_commands(refined=True):
+        assert main(["generate", *arguments, "steps=2", "output=drawn"]) == 0
+        assert Path(capsys.readouterr().out.splitlines()[-1]).exists()
 
 
 def train_commands() -> list[list[str]]:

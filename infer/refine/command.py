@@ -1,7 +1,7 @@
 """`subject-diffusion refine`: some minutes on one subject, a small file at the end.
 
 subject-diffusion refine --method textual-inversion --images photos --class-word dog --output z.safetensors
-subject-diffusion refine --method lasr --images photos --class-word dog --init-words "young dog" --minutes 5
+subject-diffusion refine --method lasr --images photos --class-word dog --init-words "brown dog" --minutes 5
 subject-diffusion refine --config configs/refine/cd_reg.yaml concepts.z.images=[photos] concepts.z.class_word=dog
 subject-diffusion generate --subject z=z.safetensors --prompt "a z on the beach"
 """

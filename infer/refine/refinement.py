@@ -55,7 +55,7 @@ class Refinement:
         digest = hashlib.sha256(json.dumps([self.method, self.words], sort_keys=True).encode())
         for name, value in sorted(self.tensors.items()):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def check_base(self, name: str, fingerprint: str) -> None:
