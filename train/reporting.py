@@ -206,7 +206,7 @@ def console_line(settings: RunSettings, row: Mapping[str, float | None]) -> str:
     ]
     if "mfu" in known:
         parts.append(f"MFU {known['mfu']:.0%}")
-    elif "tflops_per_second" in known:
+    elif known.get("tflops_per_second", 0) >= 0.1:
         parts.append(f"{known['tflops_per_second']:.3g} TFLOP/s")
     if known["skipped"]:
         parts.append(f"skipped {known['skipped']:.0f}")

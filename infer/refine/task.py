@@ -25,7 +25,7 @@ from infer.refine.samples import CollatedSamples, RefineSample, RefineSamples, c
 from infer.refine.settings import ConceptSettings, RefineSettings
 from infer.refine.subject_images import find_pictures, read_pictures, unlike_pictures
 
-PREVIEW_CELL = 128  # pixels, side of each picture of the preview in the file
+PREVIEW_CELL = 96  # pixels, side of each picture of the preview in the file
 
 
 class RefineTask:
@@ -108,7 +108,7 @@ class RefineTask:
             | words.get(concept.placeholder, {})
             for concept, thing in zip(self.concepts, self.things, strict=True)
         }
-        sheet = make_grid([one.resize((PREVIEW_CELL, PREVIEW_CELL)) for one in self._preview()], [])
+        sheet = make_grid(self._preview(), [], cell=PREVIEW_CELL)
         plain = self.settings.model_dump(mode="json") | {"options": self.own.model_dump(mode="json")}
         return Refinement(
             self.settings.method, self.base.name, self.base.fingerprint, told, self.module.tensors(),

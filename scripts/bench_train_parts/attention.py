@@ -282,9 +282,15 @@ def _attend_unfused(
 
 def kept_bytes(step: UNetStep, work: Callable[[], Tensor]) -> int:
     """Bytes that `work` leaves for its backward pass, each storage once, without the networks' own."""
-    with KeptTensors(nn.ModuleDict({"unet": step.unet, "adapter": step.adapter})) as kept:
+    with _KeptTensors(nn.ModuleDict({"unet": step.unet, "adapter": step.adapter})) as kept:
         work()
     return kept.bytes
+
+
+class _KeptTensors(KeptTensors):
+    def _pack(self, tensor: Tensor) -> Tensor:
+        # An output that its own node keeps would hold the node, and with it the whole pass, for good.
+        return super()._pack(tensor).detach()
 
 
 def largest_difference(step: UNetStep, attentions: Sequence[str]) -> float:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from data_pipeline.toybox.archive import SubjectArchive
 from infer.pipeline import SubjectDiffusionPipeline
-from infer.refine.base import open_base, plain_pipeline
+from infer.refine.base import open_base
 from infer.refine.method import Concept, RefineBase, RefineBatch, RefineModule
 from infer.refine.prompts import SUBJECT_TEMPLATES
 from infer.refine.refinement import Refinement, read_refinement, write_refinement
@@ -29,7 +29,11 @@ SIZE = (8, 8)
 
 def tiny_base(model: TinyModel, plain: bool = False) -> RefineBase:
     """A base of its own, frozen, so that a test may add words."""
-    pipeline = plain_pipeline(str(model.base)) if plain else SubjectDiffusionPipeline.from_pretrained(model.subject)
+    pipeline = (
+        SubjectDiffusionPipeline.from_plain_base(str(model.base))
+        if plain
+        else SubjectDiffusionPipeline.from_pretrained(model.subject)
+    )
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet, pipeline.adapter, pipeline.image_encoder):
         if part is not None:
             part.requires_grad_(False).eval()
