@@ -35,7 +35,9 @@ PORT = 29400
 PATIENCE = 900.0  # seconds for one run
 # torch 2.15: else a torchrun that outlives another one keeps the store's address of the last round to itself, and the
 # one that comes back waits for it in vain.
-ON_EACH_HOST = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+ON_EACH_HOST = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+# For a comparison bit by bit on CPUs: MKL else sums by where in memory the numbers happen to lie.
+EXACT = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "AUTO,STRICT"}
 
 
 class Host:
@@ -56,7 +58,8 @@ class Host:
             "--rdzv-endpoint", f"10.77.0.1:{PORT}", "--rdzv-id", "two-hosts", "--local-addr", self.address,
             "--rdzv-conf", f"is_host={int(self.number == 1)}", str(REPOSITORY / "train" / "run.py"),
         ]  # fmt: skip
-        environment = os.environ | ON_EACH_HOST | {"GLOO_SOCKET_IFNAME": self.interface, "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | ON_EACH_HOST | EXACT | {"CUDA_VISIBLE_DEVICES": ""}
+        environment["GLOO_SOCKET_IFNAME"] = self.interface
         with open(log, "ab") as handle:
             self.torchrun = subprocess.Popen([*launcher, *arguments], env=environment, stdout=handle, stderr=handle)
 

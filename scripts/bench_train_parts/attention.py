@@ -168,7 +168,7 @@ def make_step(
     for prefix, network in (("unet", unet), ("adapter", adapter)):
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(any(re.fullmatch(pattern, f"{prefix}.{name}") for pattern in trained))
-        network.to(device, dtype).train()
+        network.to(device, dtype, memory_format=torch.channels_last).train()  # as the trainer has it
     adapter.attach(unet)
     install_recording(unet)
     weights = torch.zeros(1, subjects, TEXT_TOKENS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.errors import UserError
+from tests.train.scene_shards import ALL, scene_shards
 from tests.train.tiny_runs import tiny_settings
 from train import loop
 from train.checkpoints import list_checkpoints
@@ -41,16 +43,27 @@ class Died(Exception):
     pass
 
 
-@pytest.mark.parametrize("task", ["vae", "subject"])
+def stream_changes(folder: Path) -> dict[str, Any]:
+    """Shards and toybox scenes mixed, read by two processes, references varied, nothing cached."""
+    source = {"folder": str(scene_shards()), "weight": 2.0, "filters": ALL}
+    references = {"source": "other_image", "flip": 0.5, "rotation_degrees": 10.0, "perspective": 0.5}
+    return {
+        "data__shards": {"mine": source}, "data__toybox__weight": 1.0, "data__references": references,
+        "data__scratch": str(folder / "scratch"), "data__cache_scenes": 0, "data__workers": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("data", ["vae", "subject from pools", "subject from shards and toybox"])
 def test_a_run_that_died_between_checkpoints_resumes_bitwise(
-    task: str, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: str, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for part in ("clip", "base"):
         shutil.copytree(chain / part / "export", tmp_path / part / "export")
-    whole = tiny_settings(task, tmp_path, name="whole", steps=5)
+    changes = stream_changes(tmp_path) if "shards" in data else {}
+    whole = tiny_settings(data.split()[0], tmp_path, name="whole", steps=5, **changes)
     train(whole)
 
-    stopped = tiny_settings(task, tmp_path, name="stopped", steps=5)
+    stopped = tiny_settings(data.split()[0], tmp_path, name="stopped", steps=5, **changes)
     real_step = loop._Run._step
 
     def step_that_dies(run: loop._Run, batches: Iterator[Any]) -> None:
@@ -65,6 +78,11 @@ def test_a_run_that_died_between_checkpoints_resumes_bitwise(
     monkeypatch.setattr(loop._Run, "_step", real_step)
     train(stopped)
     assert_bitwise_equal(final_weights(whole.folder), final_weights(stopped.folder))
+    losses = [
+        [json.loads(line)["loss"] for line in (run.folder / "log.jsonl").read_text().splitlines()]
+        for run in (whole, stopped)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
