@@ -183,7 +183,7 @@ class _Run:
         numbers = self.sampler.numbers(number)
         draws = SampleDraws(self.settings.seed, self.state.step, numbers)
         batch = self.task.batch(collated)
-        with self.accelerator.accumulate(self.state.wrapped), self.accelerator.autocast():
+        with self.accelerator.accumulate(self.state.wrapped):
             loss, metrics = self.state.wrapped(batch, draws, self.state.step)
             self.accelerator.backward(loss)
         self.report.forward_pass({"loss": loss, **metrics}, self.task.counts(collated))

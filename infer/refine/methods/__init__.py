@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from infer.refine.method import RefineMethod
+if TYPE_CHECKING:
+    from infer.refine.method import RefineMethod
 
 METHODS = {
     "lasr": "infer.refine.methods.lasr",
