@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data_pipeline.duplicates import DuplicateIndex, PictureHash
 from data_pipeline.engine.decoding import Decoders, Refusal, hashes
 from data_pipeline.engine.output import Output, write_bytes
-from data_pipeline.shards.storage import Storage, read_bytes, storage_of
+from data_pipeline.shards.storage import Storage, clean_leftovers, read_bytes, storage_of
 from data_pipeline.sources import Source, SourceSample, Unit
 
 PATIENCE_S = 5.0  # between two looks for the hashes of other slices
@@ -37,6 +37,7 @@ class CopyOf:
 def find_copies(output: Output, source: Source, own: Sequence[Unit]) -> None:
     """Write down the copies in `own` units, hashing what has not been hashed before."""
     storage = _storage(output)
+    clean_leftovers(_folder(output))
     there = set(storage.names())
     if all(f"{unit.name}.json" in there for unit in own):
         return
@@ -78,8 +79,12 @@ def unit_copies(output: Output, name: str) -> dict[str, CopyOf]:
     return {key: CopyOf(*values) for key, values in found.items()}
 
 
+def _folder(output: Output) -> str:
+    return f"{output.folder}/duplicates"
+
+
 def _storage(output: Output) -> Storage:
-    return storage_of(f"{output.folder}/duplicates")
+    return storage_of(_folder(output))
 
 
 def _hashes(decoders: Decoders, source: Source, unit: Unit) -> Iterator[PictureHash]:

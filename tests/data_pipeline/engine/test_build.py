@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from data_pipeline.engine.build import build, dry_run
 from data_pipeline.errors import UserError
 from data_pipeline.settings import load_settings, settings_text
 from data_pipeline.shards.reader import decode_sample, list_shards, read_shard
+from data_pipeline.shards.storage import storage_of, temporary_path
 from data_pipeline.shards.verify import verify
 from data_pipeline.toybox.world import ToyboxWorld
 from tests.data_pipeline.engine.builds import CONFIG, files_of, small_settings
@@ -50,6 +52,15 @@ def test_nothing_is_done_twice(undisturbed: Path, capsys: pytest.CaptureFixture[
     build(small_settings(undisturbed))
     assert "nothing left to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in undisturbed.iterdir()} == before
+
+
+def test_what_a_killed_search_for_copies_left_half_written_is_removed(tmp_path: Path) -> None:
+    dead = temporary_path(storage_of(tmp_path / "duplicates"), "00000.json")
+    dead = dead.with_name(dead.name.replace(f".{os.getpid()}.", ".999999999."))
+    dead.parent.mkdir(exist_ok=True)
+    dead.write_text("{")
+    build(small_settings(tmp_path))
+    assert not dead.exists() and (tmp_path / "duplicates" / "00000.json").exists()
 
 
 def test_two_workers_and_other_windows_build_the_same(tmp_path: Path, undisturbed: Path) -> None:
