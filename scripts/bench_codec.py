@@ -23,8 +23,8 @@ from data_pipeline.arguments import png_file, positive
 from data_pipeline.errors import CommandParser, UserError, run_command
 from data_pipeline.toybox.world import ToyboxScene, ToyboxWorld
 from infer.loading import SHIPPED, hush_libraries, one_line_errors
+from train.data.scenes import as_tensor
 from train.pictures import save_grid
-from train.scenes import as_tensor
 from train.tasks.vae import PatchCode
 
 BAR = 0.15  # share by which the autoencoder's L1 must be below PCA's

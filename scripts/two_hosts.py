@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from data_pipeline.errors import CommandParser, UserError, run_command
 from data_pipeline.settings import load_settings
-from train.checkpoints import list_checkpoints
+from train.engine.checkpoints import list_checkpoints
 from train.settings import REPOSITORY, TrainSettings
 
 PORT = 29400

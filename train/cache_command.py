@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 from data_pipeline.errors import CommandParser, UserError
 from data_pipeline.settings import load_settings
-from train.diffusion_data import DiffusionData, PoolItems
-from train.encoded_files import write_scenes
-from train.frozen_encoders import EncodedScene, FrozenEncoders
-from train.live_scenes import ShardScenes
-from train.prepared_scenes import PreparedScene
-from train.processes import Processes
+from train.data.diffusion_data import DiffusionData, PoolItems
+from train.data.encoded_files import write_scenes
+from train.data.frozen_encoders import EncodedScene, FrozenEncoders
+from train.data.live_scenes import ShardScenes
+from train.data.prepared_scenes import PreparedScene
+from train.data.shard_cache import ROWS_A_FILE, CachedShard, begin_cache, cache_facts, shard_folder
+from train.engine.processes import Processes
 from train.settings import DataSettings, TrainSettings
-from train.shard_cache import ROWS_A_FILE, CachedShard, begin_cache, cache_facts, shard_folder
 from train.stream import Layout, Stream, StreamShard, open_stream
 
 SCENES_A_PORTION = 32  # that a loading process hands over at once

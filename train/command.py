@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: Sequence[str]) -> int:
-    from train.plan_options import add_arguments, options_of
+    from train.plan.options import add_arguments, options_of
     from train.settings import TrainSettings
 
     parser = CommandParser("train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -45,7 +45,7 @@ def _train(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     settings = load_settings(TrainSettings, arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from train.plan import print_plan  # torch and its libraries load only when they are needed
+        from train.plan.dry_run import print_plan  # torch and its libraries load only when they are needed
 
         print_plan(settings, options_of(arguments))
         return 0

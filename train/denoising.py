@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.losses import diffusion_target, snr_weights
-from train.diffusion_batch import DiffusionBatch, draw_latents
+from train.data.diffusion_batch import DiffusionBatch, draw_latents
 from train.draws import SampleDraws
 
 

@@ -46,7 +46,7 @@ def export_checkpoint(settings: TrainSettings, checkpoint: Path | None = None, o
     """
     import torch
 
-    from train.checkpoints import list_checkpoints, read_averaged_weights
+    from train.engine.checkpoints import list_checkpoints, read_averaged_weights
     from train.tasks import build_task
 
     if checkpoint is None:

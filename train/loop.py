@@ -18,17 +18,17 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from data_pipeline.settings import write_settings
-from train.averaging import AveragedWeights
-from train.checkpoints import read_checkpoint, write_checkpoint
 from train.draws import SampleDraws
-from train.faults import FaultWatch, leave_signals_to_the_loop
-from train.optimizers import build_optimizer
-from train.profiling import ProfileWindow
-from train.reporting import Report, learning_rates
-from train.run_state import RunState
-from train.schedule import learning_rate_factor
+from train.engine.averaging import AveragedWeights
+from train.engine.checkpoints import read_checkpoint, write_checkpoint
+from train.engine.faults import FaultWatch, leave_signals_to_the_loop
+from train.engine.optimizers import build_optimizer
+from train.engine.profiling import ProfileWindow
+from train.engine.reporting import Report, learning_rates
+from train.engine.run_state import RunState
+from train.engine.schedule import learning_rate_factor
+from train.engine.strategies import finish_step, open_accelerator, plain_module, prepare
 from train.settings import RunSettings, TrainSettings
-from train.strategies import finish_step, open_accelerator, plain_module, prepare
 from train.stream import Resumable
 from train.tasks import Task, build_task
 

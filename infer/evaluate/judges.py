@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from data_pipeline.errors import UserError
-from train.crops import crop_to_boxes
+from train.data.crops import crop_to_boxes
 from train.tasks.judge_identity import IdentityJudge
 from train.tasks.judge_segment import SegmentLoss
 

@@ -22,7 +22,7 @@ from data_pipeline.toybox.captions import is_plural
 from data_pipeline.toybox.world import BACKGROUND_POOL, Placement, ToyboxWorld, box_of, compose, place, vary
 from infer.evaluate.judges import Judges
 from infer.evaluate.scores import Box
-from train.scenes import as_tensor
+from train.data.scenes import as_tensor
 
 GALLERY = 50  # pictures
 HARD_NEGATIVES = 10

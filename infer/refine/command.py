@@ -84,7 +84,7 @@ def refine(settings: Any) -> Path:
 
 
 def _rate_scale(settings: Any, own: Any) -> int:
-    from train.processes import Processes
+    from train.engine.processes import Processes
 
     return own.batch_size * Processes.from_environment().count if settings.scale_learning_rate else 1
 

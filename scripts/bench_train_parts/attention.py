@@ -29,7 +29,7 @@ from model.attention_maps import AttentionMapRecorder, install_recording, superv
 from model.inputs import SubjectInputs
 from model.losses import attention_map_loss
 from model.subject_adapter import SubjectAdapter, SubjectCondition
-from train.plan_measure import KeptTensors
+from train.plan.measure import KeptTensors
 from train.settings import load_model_settings
 
 from . import turns

@@ -2,7 +2,7 @@
 
 The trainer's own pieces from a finished batch on: draws, autocast, both losses, backward, clipping, AdamW, running
 average. Latents and image features are random numbers, as if cached; weights too. FLOPs are those that were run, each
-once (train/throughput.py), and the peak is the maker's for dense products (train/gpus.py).
+once (train/engine/throughput.py), and the peak is the maker's for dense products (train/engine/gpus.py).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch import nn
 
 from model.composition import SubjectDiffusionModel
 from model.inputs import SubjectInputs
-from train.averaging import AveragedWeights
-from train.diffusion_batch import DiffusionBatch
+from train.data.diffusion_batch import DiffusionBatch
 from train.draws import SampleDraws
+from train.engine.averaging import AveragedWeights
+from train.engine.optimizers import build_optimizer
+from train.engine.strategies import finish_step, open_accelerator, prepare
+from train.engine.throughput import StepFlops, peak_flops, peak_memory_gb
 from train.network_options import apply_engine
-from train.optimizers import build_optimizer
-from train.plan_networks import BatchShape, batch_shape, build_networks
+from train.plan.networks import BatchShape, batch_shape, build_networks
 from train.settings import TrainSettings
-from train.strategies import finish_step, open_accelerator, prepare
 from train.tasks.subject import SubjectTraining
-from train.throughput import StepFlops, peak_flops, peak_memory_gb
 
 from . import turns
 

@@ -30,8 +30,8 @@ from data_pipeline.engine.build import build
 from data_pipeline.settings import load_settings
 from model.base_loading import SHIPPED
 from train.draws import SampleDraws
+from train.engine.optimizers import build_optimizer
 from train.loop import train
-from train.optimizers import build_optimizer
 from train.settings import REPOSITORY, TrainSettings, load_model_settings
 from train.tasks import build_task
 

@@ -9,10 +9,10 @@ import torch
 
 from data_pipeline.errors import UserError
 from data_pipeline.settings import load_settings
-from tests.train.scene_shards import write_scene_shards
+from tests.train.data.scene_shards import write_scene_shards
 from tests.train.tiny_start import batch_of, start_settings, write_tiny_start
 from train.draws import SampleDraws
-from train.optimizers import build_optimizer
+from train.engine.optimizers import build_optimizer
 from train.settings import REPOSITORY, TrainSettings
 from train.tasks.subject import SubjectTask
 

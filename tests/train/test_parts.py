@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from train.diffusion_batch import DiffusionBatch
+from train.data.diffusion_batch import DiffusionBatch
+from train.engine.schedule import learning_rate_factor
 from train.loop import StepBatches
 from train.model_card import replace_section
-from train.schedule import learning_rate_factor
 from train.settings import OptimizerSettings
 from train.tasks.base import denoising_loss
 from train.tasks.subject import mask_weights

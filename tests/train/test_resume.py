@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from tests.train.scene_shards import ALL, scene_shards
+from tests.train.data.scene_shards import ALL, scene_shards
 from tests.train.tiny_runs import tiny_settings
 from train import loop
-from train.checkpoints import list_checkpoints
+from train.engine.checkpoints import list_checkpoints
 from train.loop import train
 
 

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from data_pipeline.settings import load_settings
 from model.image_encoder import SubjectImageEncoder
 from tests.model.tiny_tokenizer import tiny_tokenizer
-from train.diffusion_batch import DiffusionBatch
+from train.data.diffusion_batch import DiffusionBatch
 from train.settings import REPOSITORY, TrainSettings
 from train.tasks.subject import SubjectTask
 

@@ -24,6 +24,8 @@ from model.inputs import Drop, SubjectInputs, draw_drops, drop_conditions
 from model.losses import snr_weights
 from model.open_clip_conversion import convert_text_tower, load_open_clip
 from model.prompt import add_placeholder
+from train.data.diffusion_batch import DiffusionBatch
+from train.data.diffusion_data import DiffusionData
 from train.denoising import (
     NoisyLatents,
     by_band,
@@ -33,8 +35,6 @@ from train.denoising import (
     noised_at,
     sample_errors,
 )
-from train.diffusion_batch import DiffusionBatch
-from train.diffusion_data import DiffusionData
 from train.draws import SampleDraws
 from train.inputs_folder import input_folder
 from train.network_options import apply_engine, as_taken, evaluation

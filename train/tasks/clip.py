@@ -22,9 +22,9 @@ from transformers import CLIPTokenizer
 from data_pipeline.toybox.world import ToyboxEntity, ToyboxScene
 from model.reference import prepare_reference
 from model.tokenizer import train_tokenizer
+from train.data.scenes import SceneDataset, as_tensor, make_world
 from train.draws import SampleDraws
 from train.pictures import save_grid
-from train.scenes import SceneDataset, as_tensor, make_world
 from train.settings import TrainSettings, load_model_settings
 from train.tasks.toybox_task import ToyboxTask
 

@@ -20,10 +20,10 @@ from torchvision.models import shufflenet_v2_x0_5
 
 from data_pipeline.toybox.backgrounds import BACKGROUNDS
 from data_pipeline.toybox.world import BACKGROUND_POOL, Placement, ToyboxScene, box_of, compose
-from train.crops import crop_to_boxes
+from train.data.crops import crop_to_boxes
+from train.data.scenes import SceneDataset, as_tensor, make_world
 from train.draws import SampleDraws
 from train.pictures import save_grid
-from train.scenes import SceneDataset, as_tensor, make_world
 from train.settings import TrainSettings
 from train.tasks.toybox_task import ToyboxTask
 

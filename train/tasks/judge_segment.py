@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.toybox.world import ToyboxScene
+from train.data.scenes import SceneDataset, as_tensor, make_world
 from train.draws import SampleDraws
 from train.pictures import save_grid
-from train.scenes import SceneDataset, as_tensor, make_world
 from train.settings import TrainSettings
 from train.tasks.toybox_task import ToyboxTask
 

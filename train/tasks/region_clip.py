@@ -36,10 +36,10 @@ from data_pipeline.stages.detect.region_proposals import cut_regions, propose_bo
 from data_pipeline.toybox.backgrounds import BACKGROUNDS
 from data_pipeline.toybox.captions import COLOURS
 from data_pipeline.toybox.world import ToyboxScene
+from train.data.scenes import SceneDataset, as_tensor, make_world
 from train.draws import SampleDraws
 from train.inputs_folder import input_folder
 from train.pictures import save_grid
-from train.scenes import SceneDataset, as_tensor, make_world
 from train.settings import TrainSettings
 from train.tasks.toybox_task import ToyboxTask
 

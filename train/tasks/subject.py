@@ -25,9 +25,9 @@ from model.prompt import add_placeholder
 from model.sampling import denoise, initial_latents
 from model.saving import base_fingerprint, save_subject_model
 from model.subject_adapter import SubjectAdapter
+from train.data.diffusion_batch import DiffusionBatch, draw_references
+from train.data.diffusion_data import DiffusionData
 from train.denoising import NoisyLatents, denoising_loss, noised, noised_at
-from train.diffusion_batch import DiffusionBatch, draw_references
-from train.diffusion_data import DiffusionData
 from train.draws import SampleDraws
 from train.model_card import write_card
 from train.network_options import apply_engine, as_taken, evaluation

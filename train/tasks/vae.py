@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 
+from train.data.scenes import SceneDataset, as_tensor, make_world
 from train.draws import SampleDraws
 from train.pictures import save_grid
-from train.scenes import SceneDataset, as_tensor, make_world
 from train.settings import TrainSettings, load_model_settings
 from train.tasks.toybox_task import ToyboxTask
 

@@ -28,7 +28,7 @@ from infer.evaluate.settings import EvaluateSettings
 from infer.evaluate.toybox_truth import GALLERY, SIZE, BackgroundJudge, Galleries, Request, held_out_subjects
 from infer.loading import SHIPPED
 from model.reference import prepare_reference
-from train.scenes import as_tensor
+from train.data.scenes import as_tensor
 
 
 class ToyboxTruth:

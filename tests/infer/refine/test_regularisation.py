@@ -23,7 +23,7 @@ from infer.refine.subject_images import VariationSettings
 from model.base_loading import SHIPPED
 from tests.infer.refine.tuned_cases import concept, tuned_base
 from tests.infer.tiny_model import TinyModel
-from tests.train.scene_shards import scene_shards
+from tests.train.data.scene_shards import scene_shards
 
 CLIP = str(SHIPPED / "toybox" / "region_clip")
 DRAWN = {"count": 3, "steps": 2, "batch_size": 2}

@@ -1,0 +1,1 @@
+"""What a run would take, without running it: `train --dry-run`. Start with dry_run.py."""
