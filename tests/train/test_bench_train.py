@@ -145,16 +145,18 @@ def test_the_loop_and_the_bare_one_see_the_same_batches(tiny: dict[str, object],
     settings = trainer.toybox_settings(tmp_path, {**tiny, "data.cache_scenes": 16})
     for run in (trainer.run_loop, trainer.run_bare):
         windows = run(settings)
-        assert len(windows.seconds) == trainer.WINDOWS - 1 and min(windows.seconds) > 0
-    assert settings.report.checkpoint_every > settings.steps < settings.report.validate_every
+        assert min(windows.seconds) > 0 and min(windows.processor) > 0
+        assert {len(windows.seconds), len(windows.processor), len(windows.waiting)} == {trainer.WINDOWS - 1}
+    assert not (settings.folder / "validation").exists() and not (settings.folder / "export").exists()
 
 
 def test_overhead_is_the_trainers_time_beyond_the_bare_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "run_loop", lambda settings: trainer.Windows([1.1, 1.0], [0.01, 0.03]))
-    monkeypatch.setattr(trainer, "run_bare", lambda settings: trainer.Windows([1.0, 1.0], [0.0, 0.0]))
+    monkeypatch.setattr(trainer, "run_loop", lambda settings: trainer.Windows([1.1, 1.0], [1.2, 1.2], [0.01, 0.03]))
+    monkeypatch.setattr(trainer, "run_bare", lambda settings: trainer.Windows([1.0, 1.0], [1.0, 1.0], [0.0, 0.0]))
     (table,) = trainer.bench_overhead(argparse.Namespace(rounds=2))
     assert table.bars[0].value == pytest.approx(0.05) and table.bars[0].met
     assert table.rows["trainer"]["data wait %"] == pytest.approx(2)
+    assert table.rows["trainer"]["CPU ratio"] == pytest.approx(1.2)
 
 
 @pytest.mark.slow

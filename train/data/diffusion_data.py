@@ -47,10 +47,17 @@ class PoolItems(Dataset[Item]):
     def __init__(self, scenes: CachedScenes, tokenizer: CLIPTokenizer, layout: Layout) -> None:
         self.scenes, self.tokenizer, self.layout = scenes, tokenizer, layout
         self.offset = 0  # samples
+        # A pool is passed over many times: its prompts are tokenised in the first pass only.
+        self.prompts: dict[str, SubjectPrompt] = {}
+        self.prompts_of = -1  # number of the pool
 
     def __getitem__(self, number: int) -> Item:
         scene = self.scenes[number + self.offset]
-        return Item(scene, prompt_of(scene, self.tokenizer))
+        if self.prompts_of != self.scenes.pool_number:
+            self.prompts, self.prompts_of = {}, self.scenes.pool_number
+        if scene.key not in self.prompts:
+            self.prompts[scene.key] = prompt_of(scene, self.tokenizer)
+        return Item(scene, self.prompts[scene.key])
 
     def position(self, passes: int) -> dict[str, Any]:
         """See `train.stream.position.Resumable`."""

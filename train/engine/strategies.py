@@ -56,14 +56,18 @@ def open_accelerator(settings: RunSettings) -> Accelerator:
     GradientState._reset_state()
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        # DeepSpeed is imported without being asked for too, by transformers when it saves, and would warn each time.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     launched = "WORLD_SIZE" in os.environ
     options: dict[str, Any] = {"gradient_accumulation_steps": settings.accumulate}
     handlers: list[Any] = []
     if strategy == "ddp":
         if settings.engine.precision == "fp16" and not on_gpu:
             raise UserError("engine.precision: fp16 needs a GPU; on a CPU set engine.precision=bf16 or no")
-        # Some parameters get no gradient in a step whose conditions were all dropped.
-        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
+        # Some parameters get no gradient in a step whose conditions were all dropped. Gradients lie in the buckets of
+        # the reductions, not beside them.
+        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True))
         options |= {"mixed_precision": settings.engine.precision, "cpu": not on_gpu}
     else:
         # DeepSpeed does the precision itself; with `cpu` accelerate would silently use plain data parallelism.
@@ -175,8 +179,6 @@ def _deepspeed_plugin(settings: RunSettings) -> DeepSpeedPlugin:
             f"optimizer.kind: {settings.optimizer.kind} works with engine.strategy ddp only, not {strategy}; "
             "set optimizer.kind=adamw"
         )
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     from deepspeed.accelerator import get_accelerator

@@ -2,8 +2,8 @@
 
 subject-diffusion train --config configs/train/sd21.yaml --dry-run --gpus 32 --gpu a100 --price 2
 Networks are built without weights on tensors without values: no GPU, no network, no shards are needed, some seconds.
-Order: plan_networks.py (what is built) -> plan_measure.py (kept and computed) -> plan_memory.py (by strategy) -> this
-file (time, cost, data) -> plan_text.py (the page).
+Order: networks.py (what is built) -> measure.py (kept and computed) -> memory.py (by strategy) -> this file (time,
+cost, data) -> text.py (the page).
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ CHECKPOINTED = (
     BasicTransformerBlock,
     CLIPEncoderLayer,
 )  # what the stock classes recompute, one at a time
+CHECKPOINT_BY = "_gradient_checkpointing_func"  # their attribute: called with the layer's work and its inputs
 BOTH_PARTS = ("unet", "text_encoder")
 WIDEST_FLASH_HEAD = 256
 ATEN = torch.ops.aten
@@ -84,23 +85,34 @@ FUSED_BACKWARD = {
 
 
 class KeptTensors:
-    """Bytes that autograd keeps while this context is open, each storage once, without the parameters' own."""
+    """Bytes that autograd keeps while this context is open, each storage once, without the parameters' own.
+
+    What torch's checkpoint would keep is told from the same pass: layers that are set to recompute their activations
+    run as they are meanwhile, but what they keep inside counts for `bytes` alone, their inputs for `bytes_recomputing`.
+    """
 
     def __init__(self, network: nn.Module, counter: FlopCounterMode | None = None) -> None:
         self.network, self.counter = network, counter
         self.bytes = 0
+        self.bytes_recomputing = 0  # equal to `bytes` where no layer recomputes
         self.largest_segment = 0  # bytes kept inside one of `CHECKPOINTED`
         self.segment_flops = dict.fromkeys(BOTH_PARTS, 0)  # forward, inside all of them
         self._held: dict[int, Any] = {}  # storages by address, held so that no address is used twice
+        self._held_recomputing: dict[int, Any] = {}
+        self._recomputed = False  # whether a layer that recomputes is running
 
     def __enter__(self) -> KeptTensors:
         for tensor in (*self.network.parameters(), *self.network.buffers()):
             self._held[tensor.untyped_storage()._cdata] = tensor
+        self._held_recomputing.update(self._held)
         self._context = ExitStack()
         self._context.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor))
         for name, module in self.network.named_modules():
             if isinstance(module, CHECKPOINTED):
                 self._follow(module, name.split(".")[0])
+            if getattr(module, "gradient_checkpointing", False):  # diffusers' and transformers' way
+                self._context.callback(setattr, module, CHECKPOINT_BY, getattr(module, CHECKPOINT_BY))
+                setattr(module, CHECKPOINT_BY, self._run_recomputed)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -111,7 +123,25 @@ class KeptTensors:
         if storage._cdata not in self._held:
             self._held[storage._cdata] = storage
             self.bytes += storage.nbytes()
+        if not self._recomputed:
+            self._keep_recomputing(storage)
         return tensor
+
+    def _keep_recomputing(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._held_recomputing:
+            self._held_recomputing[storage._cdata] = storage
+            self.bytes_recomputing += storage.nbytes()
+
+    def _run_recomputed(self, work: Callable[..., Any], *inputs: Any) -> Any:
+        """In the place of torch's checkpoint, which keeps all tensors among the inputs."""
+        for value in inputs:
+            if torch.is_tensor(value):
+                self._keep_recomputing(value.untyped_storage())
+        self._recomputed = True
+        try:
+            return work(*inputs)
+        finally:
+            self._recomputed = False
 
     def _follow(self, module: nn.Module, part: str) -> None:
         start = [0, 0]
@@ -248,16 +278,12 @@ def _heights(
     networks: Networks, settings: TrainSettings, recomputed: Sequence[str], batch_size: int
 ) -> tuple[int, int]:
     """Bytes at the height of a pass: all that is kept; with recomputation, that and the largest segment made again."""
-    passes = []
-    for parts in ((), recomputed):
-        networks.checkpoint_activations(parts)
-        with FusedAttention(), KeptTensors(networks.trainable) as kept:
-            training_loss(networks, settings, batch_size)
-        torch.clear_autocast_cache()
-        passes.append(kept)
+    networks.checkpoint_activations(recomputed)
+    with FusedAttention(), KeptTensors(networks.trainable) as kept:
+        training_loss(networks, settings, batch_size)
+    torch.clear_autocast_cache()
     networks.checkpoint_activations(())
-    whole, few = passes
-    return whole.bytes, few.bytes + whole.largest_segment
+    return kept.bytes, kept.bytes_recomputing + kept.largest_segment
 
 
 @torch.no_grad()

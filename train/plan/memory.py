@@ -1,4 +1,4 @@
-"""Bytes that one process of a run holds under each strategy, from what `plan_measure.py` counted. Estimates.
+"""Bytes that one process of a run holds under each strategy, from what `measure.py` counted. Estimates.
 
 T trained and F frozen parameters on N processes. ZeRO's shares: Rajbhandari et al., arXiv 1910.02054, figure 1; its
 buffers: configs/deepspeed/. Not counted: validation, and compiled code.
@@ -77,7 +77,7 @@ def _memory(
         held = FLOAT * (trained + frozen) - (2 * _castable(network) if low else 0)
         states = adam_bytes(network, settings.optimizer.kind)
         gradients = float(FLOAT * trained)
-        buffers = gradients if processes > 1 else 0.0  # the buckets of its reductions hold all gradients
+        buffers = 0.0  # the gradients are views of the reductions' buckets
         shares = {"parameters": float(held), "gradients": gradients, "optimizer": states, "ema": average}
         on_host, note, activations = 0.0, "", measured.ddp[recomputed]
     else:

@@ -20,7 +20,8 @@ from tests.train.data.frozen_models import CPU, base_run, clip, vae
 from tests.train.data.scene_shards import data_of, rendered_sample, scene_shards, write_scene_shards
 from tests.train.tiny_runs import SIZES
 from train.cache_command import cache_shards
-from train.data.diffusion_batch import DiffusionBatch
+from train.data import diffusion_data
+from train.data.diffusion_batch import DiffusionBatch, prompt_of
 from train.data.diffusion_data import DiffusionData
 from train.engine.processes import Processes
 from train.settings import DataSettings
@@ -73,6 +74,25 @@ def test_loading_processes_hand_over_what_the_training_process_would_read(tmp_pa
         expected = others.collate([others.dataset[n] for n in numbers])
         assert others.keys(collated) == others.keys(expected)
         same(others.batch(collated), others.batch(expected))
+
+
+def test_the_prompts_of_a_pool_are_tokenised_in_its_first_pass_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = opened(tmp_path, DataSettings(size=32, workers=0, cache_scenes=8, cache_passes=2))
+    tokenised: list[str] = []
+
+    def noted(scene: Any, tokenizer: Any) -> Any:
+        tokenised.append(scene.key)
+        return prompt_of(scene, tokenizer)
+
+    monkeypatch.setattr(diffusion_data, "prompt_of", noted)
+    first, second = (
+        {i.scene.key: i.prompt for i in map(data.dataset.__getitem__, n)} for n in (range(8), range(8, 16))
+    )
+    assert first == second and sorted(tokenised) == sorted(first)
+    data.dataset[16]  # the next pool
+    assert len(tokenised) == 9
 
 
 def test_the_cache_gives_the_batches_that_live_models_give(tmp_path: Path) -> None:

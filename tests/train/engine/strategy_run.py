@@ -106,6 +106,8 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
                 loss, _ = wrapped(batch, SampleDraws(0, step, numbers), step)
                 accelerator.backward(loss)
             total += float(loss.detach()) / settings.accumulate
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        report["gradient_storages"] = len({gradient.untyped_storage().data_ptr() for gradient in gradients})
         norm, applied = finish_step(accelerator, wrapped, optimizer, settings.optimizer.max_grad_norm)
         state.step, state.skipped = step + 1, state.skipped + (not applied)
         if applied:

@@ -111,3 +111,11 @@ def test_the_rate_warms_up_and_decays_as_asked() -> None:
         factors = [learning_rate_factor(step, 110, settings(warmup_steps=10, decay=decay)) for step in range(110)]
         assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0
         assert factors[60] == pytest.approx(middle) and factors[109] == pytest.approx(last, abs=1e-3)
+
+
+@pytest.mark.parametrize(("decay", "middle"), [("linear", 0.6), ("cosine", 0.6), ("constant", 1.0)])
+def test_a_decay_may_end_above_zero(decay: str, middle: float) -> None:
+    told = settings(warmup_steps=10, decay=decay, decay_to=0.2)
+    factors = [learning_rate_factor(step, 110, told) for step in range(111)]
+    assert factors[4] == pytest.approx(0.5) and factors[10] == 1.0 and factors[60] == pytest.approx(middle)
+    assert factors[110] == pytest.approx(1.0 if decay == "constant" else 0.2)

@@ -89,6 +89,11 @@ def test_two_processes_train_as_one_with_twice_the_batch(strategy: str, alone: P
     assert_close(saved(together / strategy), saved(alone))
 
 
+def test_gradients_lie_in_the_buckets_of_the_reductions_not_beside_them(alone: Path, together: Path) -> None:
+    assert report(together / "ddp")["gradient_storages"] == 1  # all parameters here fit into one bucket
+    assert report(alone)["gradient_storages"] > 1
+
+
 def test_accumulating_two_passes_trains_as_one_with_twice_the_batch(alone: Path, tmp_path: Path) -> None:
     run({"folder": str(tmp_path), "strategy": "ddp", "steps": 3, "batch_size": 4, "accumulate": 2})
     assert_close(saved(tmp_path), saved(alone))
@@ -133,6 +138,16 @@ def test_8_bit_adam_is_refused_with_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed finds the GPU by itself")
+def test_deepspeed_is_told_of_the_cpu_before_a_library_imports_it_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "to be undone afterwards")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    open_accelerator(small_settings({"folder": str(tmp_path), "strategy": "ddp", "steps": 1}))
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+
+
 def test_fp16_without_a_gpu_is_refused(tmp_path: Path) -> None:
     given = {"folder": str(tmp_path), "strategy": "ddp", "steps": 1, "precision": "fp16"}
     with pytest.raises(UserError, match="engine.precision: fp16 needs a GPU"):

@@ -22,7 +22,7 @@ from data_pipeline.shards.shard_stats import ShardStats, stats_to_json
 from tests.train.tiny_runs import SIZES
 from train.engine.gpus import GPUS, find_gpu
 from train.plan.dry_run import Plan, PlanOptions, add_arguments, options_of, plan, plan_json, plan_of, print_plan
-from train.plan.measure import FusedAttention, KeptTensors, LivePeak, Measured, cuda_autocast, measure
+from train.plan.measure import BOTH_PARTS, FusedAttention, KeptTensors, LivePeak, Measured, cuda_autocast, measure
 from train.plan.memory import adam_bytes, memory_by_strategy
 from train.plan.networks import build_networks, training_loss
 from train.plan.text import plan_text
@@ -79,6 +79,23 @@ def test_a_chain_of_known_size_keeps_what_a_hand_count_says() -> None:
         layers(torch.zeros(3, 8))
     # The input (3, 8), what GELU reads (3, 16) and what it gives (3, 16); weights are not counted.
     assert kept.bytes == 4 * (3 * 8 + 3 * 16 + 3 * 16)
+
+
+def test_one_pass_tells_what_is_kept_with_recomputation_and_without(folder: Path) -> None:
+    settings = settings_of(folder)
+    with torch.device("meta"), FusedAttention():
+        networks = build_networks(settings)
+        with KeptTensors(networks.trainable) as whole:
+            training_loss(networks, settings, 2)
+        assert whole.bytes_recomputing == whole.bytes
+        networks.checkpoint_activations(BOTH_PARTS)
+        with KeptTensors(networks.trainable) as both:
+            training_loss(networks, settings, 2)
+        with KeptTensors(networks.trainable) as few:
+            networks.checkpoint_activations(BOTH_PARTS)  # inside the context, torch's own checkpoint does it
+            training_loss(networks, settings, 2)
+    assert both.bytes == whole.bytes
+    assert both.bytes_recomputing == few.bytes < whole.bytes / 2
 
 
 @pytest.mark.parametrize("masked", [False, True])
