@@ -14,7 +14,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -34,7 +34,7 @@ from infer.picture_file import (
     write_new,
     write_picture,
 )
-from infer.subjects import SYNTAX, Box, Subject, SubjectArgument, match_nouns, parse_subject
+from infer.subjects import SYNTAX, Box, Subject, SubjectArgument, check_strength, match_nouns, parse_subject
 
 if TYPE_CHECKING:
     from infer.pipeline import SubjectDiffusionPipeline
@@ -44,6 +44,7 @@ SUBJECT_HELP = (
     f"{SYNTAX}; once a subject. Commas are several photos of it, the box is in fractions of the picture, dog#2 is the "
     "second dog of the prompt"
 )
+REFINEMENT_HELP = "FILE[:strength=W], what `refine --pairs` has learnt; several work together"
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "infer" / "toybox.yaml"
 
 
@@ -52,6 +53,7 @@ class GenerateSettings(DrawSettings):
 
     prompt: str = Field(min_length=1)  # names each subject's noun
     subjects: tuple[str, ...] = ()  # NAME=FILE[,FILE…][@x0,y0,x1,y1][:strength=W][:mask=FILE[,FILE…]]
+    refinements: tuple[str, ...] = ()  # FILE[:strength=W], learnt from pairs: how everything is drawn, without a word
     output: Path = Path("outputs")  # folder; pictures are numbered on from what is there
     seed: int = Field(0, ge=0, lt=2**63)  # of the first picture; the next ones have seed + 1, seed + 2, …
     num_images: int = Field(1, ge=1)
@@ -97,7 +99,7 @@ def run(settings: GenerateSettings) -> list[Path]:
         for a, found in zip(arguments, references, strict=True)
     ]
     match_nouns(settings.prompt, subjects)
-    refinements = _read_refined(refined, settings.prompt)
+    refinements = _read_refined(refined, settings.prompt) + _read_wordless(settings.refinements)
     folder = open_output_folder(settings.output)
     pipeline = open_pipeline(settings, settings.device, settings.precision)
     if refinements:
@@ -152,6 +154,7 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     add("--config", action="append", metavar="FILE", help="YAML settings; several: later wins")
     add("--subject", action="append", dest="subjects", metavar="NAME=FILE", help=SUBJECT_HELP)
+    add("--refinement", action="append", dest="refinements", metavar="FILE", help=REFINEMENT_HELP)
     add("--prompt", metavar="TEXT", help="what to draw; names each subject")
     add("--negative-prompt", metavar="TEXT", help="what to stay away from")
     add("--output", metavar="FOLDER", help="where pictures go, numbered on from what is there (outputs)")
@@ -220,9 +223,13 @@ def _read_refined(arguments: Sequence[SubjectArgument], prompt: str) -> list[Ref
     found = []
     for argument in arguments:
         where = f"subject {argument.noun}"
-        if argument.box or argument.masks or argument.strength != 1 or argument.occurrence or len(argument.files) > 1:
-            raise UserError(f"{where}: a refined subject is one file, without box, mask, strength or number")
-        refinement = read_refinement(argument.files[0])
+        if argument.box or argument.masks or argument.occurrence or len(argument.files) > 1:
+            raise UserError(f"{where}: a refined subject is one file, without box, mask or number")
+        refinement = replace(read_refinement(argument.files[0]), strength=argument.strength)
+        if not refinement.words:
+            raise UserError(
+                f"{where}: {refinement.label} was learnt from pairs, without a word; give it as --refinement"
+            )
         names = argument.noun.split("+")
         if len(names) != len(refinement.words):
             raise UserError(
@@ -232,6 +239,30 @@ def _read_refined(arguments: Sequence[SubjectArgument], prompt: str) -> list[Ref
         match_nouns(prompt, [Subject(name, []) for name in names])
         pairs = [pair for pair in zip(list(refinement.words), names, strict=True) if pair[0] != pair[1]]
         found.append(rename_placeholders(refinement, pairs))
+    return found
+
+
+def _read_wordless(texts: Sequence[str]) -> list[Refinement]:
+    """The refinements of `--refinement FILE[:strength=W]`."""
+    if not texts:
+        return []
+    from infer.refine.refinement import read_refinement
+
+    found = []
+    for text in texts:
+        file, colon, strength = text.partition(":strength=")
+        where = f"--refinement {text}"
+        try:
+            factor = check_strength(float(strength), where) if colon else 1.0
+        except ValueError:
+            raise UserError(f"{where}: strength {strength!r} is no number; expected FILE[:strength=W]") from None
+        refinement = replace(read_refinement(Path(file).expanduser()), strength=factor)
+        if refinement.words:
+            named = "+".join(refinement.words)
+            raise UserError(
+                f"{where}: has learnt a word; give it as --subject {named}={file} and name it in the prompt"
+            )
+        found.append(refinement)
     return found
 
 

@@ -43,7 +43,8 @@ def encode_onward(text_encoder: CLIPTextModel, hidden: Tensor, past: Past | None
         (B, Q, D) states after the final layer norm, and what later positions need of these Q.
     """
     start, count = past.length if past else 0, hidden.shape[1]
-    mask = torch.ones(count, start + count, dtype=torch.bool, device=hidden.device).tril(start)  # (Q, P + Q)
+    # Added to the logits: a boolean mask would be turned into this one anew in every layer.
+    mask = hidden.new_full((count, start + count), float("-inf")).triu(start + 1)  # (Q, P + Q)
     held: list[KeysValues] = []
     for index, layer in enumerate(text_encoder.encoder.layers):
         hidden, fresh = _run_layer(layer, hidden, past.keys_values[index] if past else None, mask)
@@ -59,7 +60,7 @@ def _run_layer(
     normed = layer.layer_norm1(hidden)  # (B, Q, D)
 
     def split(projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (B, heads, Q, d)
+        return projected.view(*projected.shape[:2], attention.num_heads, -1).transpose(1, 2)  # (B, heads, Q, d)
 
     fresh = split(attention.k_proj(normed)), split(attention.v_proj(normed))
     keys, values = fresh if past is None else (torch.cat(pair, dim=2) for pair in zip(past, fresh, strict=True))

@@ -32,7 +32,7 @@ class LayerContexts:
     adaptive: AdaptivePrompts | None = None
     fixed: tuple[Tensor, Tensor] | None = None  # fusion "after": where (A, L, 1) and what (A, L, D) replaces states
     mode: Mode = "exact"
-    time: Tensor | None = None  # (A, width) time embedding of the pass that is running
+    told: list[Tensor] | None = None  # what the time of the pass that is running says to adaptive words
     previous: dict[int, list[Tensor]] = field(default_factory=dict)  # fast: pooled features of the pass before
     ready: Tensor | None = None  # (layers, A, Q, D) fast: adaptive states of the pass that is running
     kept: dict[int, Tensor] | None = None  # give a dict to have each layer's adaptive states (A, L, D) put there
@@ -47,11 +47,10 @@ class LayerContexts:
         """
         if self.adaptive is None:
             return self
-        time = _of_rows(time, self.rows)
-        ready = None
+        told, ready = self.adaptive.of_time(_of_rows(time, self.rows)), None
         if self.mode == "fast" and len(self.previous) == len(self.static):
-            ready = self.adaptive.encode_all(self.previous, time, self.static[:, :, self.adaptive.start :])
-        return replace(self, time=time, ready=ready)
+            ready = self.adaptive.encode_all(self.previous, told, self.static[:, :, self.adaptive.start :])
+        return replace(self, told=told, ready=ready)
 
     def __call__(self, layer: int, hidden_states: Tensor) -> Tensor:
         """Context of a layer.
@@ -69,12 +68,12 @@ class LayerContexts:
         """(1 - w) static + w adaptive: (A, L, D)."""
         adaptive, static = self.adaptive, self.static[layer]
         assert adaptive is not None
-        if self.time is None:
+        if self.told is None:
             raise ValueError("layer contexts: adaptive words follow the time; call `at` before each UNet pass")
         states = None if self.ready is None else self.ready[layer]  # (A, Q, D)
         if states is None or self.mode == "fast":
             pooled = adaptive.pool(layer, _of_rows(hidden_states, self.rows))
-            states = adaptive.encode(layer, pooled, self.time) if states is None else states
+            states = adaptive.encode(layer, pooled, self.told) if states is None else states
             if self.mode == "fast":
                 self.previous[layer] = pooled
         states = torch.cat([static[:, : adaptive.start], states], dim=1)  # (A, L, D)
@@ -130,6 +129,7 @@ def encode_layer_contexts(
         adaptive = AdaptivePrompts(
             text_encoder=text_encoder,
             words=words.adaptive_words(),
+            makers=words.adaptive_rows(),
             layers=layers,
             rows=table,
             hidden=hidden[:, :, start:],

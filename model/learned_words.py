@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from model.lasr.adaptive_embedding import AdaptiveEmbedding
+from model.lasr.adaptive_embedding import AdaptiveEmbedding, AdaptiveRows
 from model.lasr.static_embedding import StaticEmbedding
 from model.prompt import PLACEHOLDER, PromptError
 from model.text_fusion import WordRows
@@ -233,6 +233,11 @@ class LearnedWords(nn.Module):
                 found.append((start, word))
             start += word.num_vectors
         return found
+
+    def adaptive_rows(self) -> list[AdaptiveRows]:
+        """What makes the rows of the words that adapt; for as long as their weights stay as they are."""
+        with torch.autocast(self.ids.device.type, enabled=False):
+            return [word.adaptive.of_all_layers() for _, word in self.adaptive_words() if word.adaptive is not None]
 
     def holds_layerwise(self, input_ids: Tensor) -> Tensor:
         """Which prompts (B, L) hold a word that differs by layer: (B,) bool."""

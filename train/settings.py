@@ -14,6 +14,7 @@ from data_pipeline.settings import Settings, load_settings
 
 TaskName = Literal["vae", "clip", "base", "subject", "judge_identity", "judge_segment", "region_clip"]
 StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "zero2_offload"]
+Decay = Literal["constant", "cosine", "linear"]
 
 
 class ToyboxSource(Settings):
@@ -87,7 +88,7 @@ class DataSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW with linear warm-up, then constant or decaying to zero."""
+    """AdamW with linear warm-up, then constant or decaying."""
 
     kind: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bit: bitsandbytes, on a GPU
     learning_rate: float = Field(1e-3, gt=0)
@@ -97,7 +98,8 @@ class OptimizerSettings(Settings):
     beta2: float = Field(0.99, gt=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
     warmup_steps: int = Field(100, ge=0)
-    decay: Literal["constant", "cosine", "linear"] = "cosine"
+    decay: Decay = "cosine"
+    decay_to: float = Field(0.0, ge=0, le=1)  # share of the learning rate that a decay ends at
     max_grad_norm: float = Field(1.0, gt=0)
     max_skipped: int = Field(10, ge=1)  # steps on end whose loss or gradients are not finite, before the run stops
 

@@ -33,4 +33,3 @@ def open_base(model: str, plain: bool, device: str, templates: tuple[str, ...]) 
     pipeline.set_progress_bar_config(disable=True)
     name = f"{model} (plain)" if plain else model
     return RefineBase(pipeline, name, base_fingerprint(pipeline.unet, pipeline.text_encoder), templates)
-

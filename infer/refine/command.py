@@ -3,24 +3,31 @@
 subject-diffusion refine --method textual-inversion --images photos --class-word dog --output z.safetensors
 subject-diffusion refine --method lasr --images photos --class-word dog --init-words "brown dog" --minutes 5
 subject-diffusion refine --config configs/refine/cd_reg.yaml concepts.z.images=[photos] concepts.z.class_word=dog
+subject-diffusion refine --method adapter --pairs captioned --output look.safetensors
 subject-diffusion generate --subject z=z.safetensors --prompt "a z on the beach"
+subject-diffusion generate --refinement look.safetensors:strength=0.7 --prompt "a dog on the beach"
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import CommandParser, UserError
 from data_pipeline.settings import load_settings
 from infer.refine.methods import METHODS
+
+if TYPE_CHECKING:
+    from train.settings import RunSettings
 
 WORD = "z"  # the placeholder of those who give none
 
@@ -28,10 +35,14 @@ WORD = "z"  # the placeholder of those who give none
 def main(argv: Sequence[str] | None = None) -> int:
     """Refine from the command line; returns the exit status."""
     from infer.refine.settings import RefineSettings
+    from train.engine.processes import Processes
 
     arguments = _parser().parse_intermixed_args(list(sys.argv[1:] if argv is None else argv))
     overrides = [*_overrides(arguments), *arguments.overrides]
-    print(refine(load_settings(RefineSettings, arguments.config, overrides)))
+    settings = load_settings(RefineSettings, arguments.config, overrides)
+    main_process = Processes.from_environment().index == 0
+    with nullcontext() if main_process else redirect_stdout(io.StringIO()):
+        print(refine(settings))
     return 0
 
 
@@ -41,15 +52,47 @@ def refine(settings: Any) -> Path:
     Returns:
         The file.
     Raises:
-        UserError: any mistake in the settings or the pictures; what was learnt before it stays.
+        UserError: any mistake in the settings or the pictures, or a signal that came; what was learnt before it stays.
     """
     from infer.refine.task import RefineTask, method_settings
+    from train.engine.processes import Processes
     from train.loop import run_loop
-    from train.settings import EmaSettings, OptimizerSettings, ReportSettings, RunSettings
 
     own = method_settings(settings)
+    run = run_settings(settings, own)
+    tasks: list[RefineTask] = []
+
+    def begin(device: Any) -> RefineTask:
+        tasks.append(RefineTask(settings, own, device))
+        return tasks[0]
+
+    began = time.monotonic()
+    run_loop(run, begin)
+    if Processes.from_environment().index > 0:
+        return Path(settings.output)
+    if not tasks[0].exported:
+        raise UserError(f"{settings.output}: not written, a signal came first; the same command goes on from there")
+    size = settings.output.stat().st_size / 1e6
+    minutes = (time.monotonic() - began) / 60
+    print(f"{settings.method}: {minutes:.1f} min, {size:.3g} MB; previews in {run.folder / 'validation'}")
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # the file holds all that counts
+    if settings.report.evaluate is not None:
+        from infer.refine.report import write_report
+
+        print(f"report: {write_report(settings, settings.output)}")
+    return Path(settings.output)
+
+
+def run_settings(settings: Any, own: Any) -> RunSettings:
+    """What the trainer's loop is told of a refinement.
+
+    Args:
+        own: the method's settings.
+    """
+    from train.settings import EmaSettings, OptimizerSettings, ReportSettings, RunSettings
+
     report = settings.report
-    run = RunSettings(
+    return RunSettings(
         name=f"refine/{settings.output.stem}-{_fingerprint(settings, own)}",
         runs_dir=settings.runs_dir,
         seed=settings.seed,
@@ -62,7 +105,8 @@ def refine(settings: Any) -> Path:
             weight_decay=own.weight_decay,
             beta2=0.999,
             warmup_steps=own.warmup_steps,
-            decay="constant",
+            decay=own.decay,
+            decay_to=own.decay_to,
         ),
         ema=EmaSettings(decay=0),
         engine=settings.engine,
@@ -74,13 +118,6 @@ def refine(settings: Any) -> Path:
             trackers=report.trackers,
         ),
     )
-    began = time.monotonic()
-    run_loop(run, lambda device: RefineTask(settings, own, device))
-    size = settings.output.stat().st_size / 1e6
-    minutes = (time.monotonic() - began) / 60
-    print(f"{settings.method}: {minutes:.1f} min, {size:.3g} MB; previews in {run.folder / 'validation'}")
-    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # the file holds all that counts
-    return Path(settings.output)
 
 
 def _rate_scale(settings: Any, own: Any) -> int:
@@ -101,10 +138,14 @@ def _parser() -> CommandParser:
     parser.add_argument("--config", action="append", type=Path, default=[], help="YAML file; may be repeated")
     parser.add_argument("--method", choices=METHODS, help="how the subject is learnt")
     parser.add_argument("--images", action="append", help="picture or folder of pictures; may be repeated")
+    parser.add_argument(
+        "--pairs", help="instead of images: folder of pictures with texts, for adapter, lora, dreambooth"
+    )
     parser.add_argument("--placeholder", help=f"word that will stand for the subject (default {WORD})")
     parser.add_argument("--class-word", help="what it is: dog")
     parser.add_argument("--kind", choices=("subject", "style"), help="learn a thing or a manner")
     parser.add_argument("--init-words", help="words to start from: 'young dog'")
+    parser.add_argument("--identifier", help="token that the placeholder stands for; dreambooth, adapter, lora (auto)")
     parser.add_argument("--base", help="model to refine on (default toybox); `plain`: its plain base")
     parser.add_argument("--steps", type=int, help="instead of the method's own number")
     parser.add_argument("--minutes", type=float, help="stop after so long, with what is learnt by then")
@@ -126,13 +167,17 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
         f"{concept}.class_word": arguments.class_word,
         f"{concept}.kind": arguments.kind,
         "options.init_words": arguments.init_words,
+        "options.identifier": arguments.identifier,
         "options.steps": arguments.steps,
+        "pairs": arguments.pairs,
         "minutes": arguments.minutes,
         "seed": arguments.seed,
         "output": arguments.output,
     }
-    if arguments.images and not arguments.output and not arguments.config:
-        given["output"] = f"{word}.safetensors"
+    if not arguments.output and not arguments.config and (arguments.images or arguments.pairs):
+        given["output"] = (
+            f"{word}.safetensors" if arguments.images else f"{Path(arguments.pairs).resolve().name}.safetensors"
+        )
     if arguments.base == "plain":
         given["plain"] = True
     elif arguments.base:

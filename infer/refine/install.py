@@ -49,6 +49,11 @@ def install_refinements(
                 f"{', '.join(METHODS)}"
             )
         refinement.check_base(model, fingerprint)
+        if refinement.strength != 1 and not load_method(refinement.method).has_strength:
+            raise UserError(
+                f"{refinement.label}: strength {refinement.strength:g}: {refinement.method} has none; only adapter and "
+                "lora do"
+            )
     _check_together(refinements)
     install_words(pipeline, refinements, mode=mode, scale=scale, adaptive_weight=adaptive_weight)
     groups: dict[str, list[Refinement]] = {}

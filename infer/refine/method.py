@@ -19,6 +19,7 @@ from infer.refine.prompts import Kind
 from infer.refine.subject_images import SubjectPicture, VariationSettings
 from model.losses import diffusion_target
 from train.draws import SampleDraws
+from train.settings import Decay
 
 if TYPE_CHECKING:
     from infer.pipeline import SubjectDiffusionPipeline
@@ -33,6 +34,8 @@ class MethodSettings(Settings):
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
+    decay: Decay = "constant"  # of the learning rate after the warm-up
+    decay_to: float = Field(0.0, ge=0, le=1)  # share of the rate that it ends at
     variation: VariationSettings = VariationSettings()
 
     def rate_factors(self) -> dict[str, float]:
@@ -99,6 +102,8 @@ class RefineMethod(Protocol):
 
     name: str  # as on the command line
     settings: type[MethodSettings]
+    pair_options: dict[str, Any] | None  # `options` for pairs (`pairs.py`), over the defaults; None: cannot learn them
+    has_strength: bool  # whether `Refinement.strength` has a meaning
 
     def thing(self, concept: Concept, settings: Any) -> str:
         """What a concept is called in prompts: "z", or "z dog"."""
@@ -107,6 +112,8 @@ class RefineMethod(Protocol):
     def build(self, base: RefineBase, concepts: Sequence[Concept], settings: Any) -> RefineModule:
         """A module at its start.
 
+        Args:
+            concepts: none for pairs.
         Raises:
             UserError: a setting that does not fit this base or these concepts.
         """

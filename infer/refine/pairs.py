@@ -78,7 +78,7 @@ class PairSamples(Dataset[RefineSample]):
         turn, position = divmod(number, len(self.pairs))
         seed = self.seed % 2**63
         index = int(np.random.default_rng((seed, turn, 1)).permutation(len(self.pairs))[position])
-        shown = vary(self._picture(index), self.variation, np.random.default_rng((seed, number)))
+        shown = vary(self.picture(index), self.variation, np.random.default_rng((seed, number)))
         text = self.pairs[index].text
         return RefineSample(shown.pixels, shown.valid, text, text, False, number)
 
@@ -90,7 +90,8 @@ class PairSamples(Dataset[RefineSample]):
         """
         return [line for index in range(len(self.pairs)) for line in self._read(index)[1]]
 
-    def _picture(self, index: int) -> SubjectPicture:
+    def picture(self, index: int) -> SubjectPicture:
+        """The picture of a pair."""
         known = self._kept.get(index)
         return self._read(index)[0] if known is None else known
 

@@ -44,15 +44,16 @@ class Refinement:
     steps: int = 0  # done
     preview: np.ndarray | None = None  # (h, w, 3) uint8
     path: Path | None = None  # where it was read from
+    strength: float = 1.0  # factor on what it adds, told when it is put to use; methods that have one
 
     @property
     def label(self) -> str:
         """How a person knows it."""
-        return str(self.path) if self.path else f"{self.method} of {', '.join(self.words)}"
+        return str(self.path) if self.path else f"{self.method} of {', '.join(self.words) or 'pairs'}"
 
     def digest(self) -> str:
         """64 hexadecimal digits that tell what is learnt apart."""
-        digest = hashlib.sha256(json.dumps([self.method, self.words], sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([self.method, self.words, self.strength], sort_keys=True).encode())
         for name, value in sorted(self.tensors.items()):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

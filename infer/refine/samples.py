@@ -69,7 +69,7 @@ class RefineSamples(Dataset[RefineSample]):
         Args:
             concepts: what is learnt, in turn.
             things: what each is called in prompts: "z", or "z dog".
-            templates: texts with {} for the thing.
+            templates: texts with {} for the thing, for pictures without a caption.
             regularisation: one set a concept, or none.
         """
         self.concepts, self.things, self.templates = concepts, things, templates
@@ -85,8 +85,9 @@ class RefineSamples(Dataset[RefineSample]):
             shown = vary(picture, VariationSettings(flip=self.variation.flip), rng)
             return RefineSample(shown.pixels, shown.valid, caption, caption, True, number)
         concept = self.concepts[which]
-        shown = vary(self._picture(concept, index), self.variation, rng)
-        template = draw_template(self.templates, rng)
+        picture = self._picture(concept, index)
+        shown = vary(picture, self.variation, rng)
+        template = picture.caption or draw_template(self.templates, rng)
         prompt = fill(template, self.things[which], shown.size_words)
         class_prompt = fill(template, concept.class_word, shown.size_words)
         return RefineSample(shown.pixels, shown.valid, prompt, class_prompt, False, number)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.settings import Settings
-from infer.refine.methods import METHODS
+from infer.refine.methods import METHODS, load_method
 from infer.refine.prompts import Kind
 from train.settings import EngineSettings
 
@@ -24,8 +24,16 @@ class ConceptSettings(Settings):
     kind: Kind = "subject"
 
 
+class EvaluationSettings(Settings):
+    """The evaluator's report of the file, beside the bounds and the base without it."""
+
+    metrics: tuple[str, ...] = Field(min_length=1)  # names of infer/evaluate/metrics
+    prompts: Path | None = None  # list of prompts by kind (YAML), as the evaluator's; null: its own
+    seeds: int = Field(1, gt=0)  # pictures of each prompt
+
+
 class RefineReportSettings(Settings):
-    """What is shown and kept on the way, in steps."""
+    """What is shown and kept on the way, in steps; and how the file is measured at the end."""
 
     log_every: int = Field(25, gt=0)
     checkpoint_every: int = Field(250, gt=0)
@@ -34,13 +42,15 @@ class RefineReportSettings(Settings):
     preview_steps: int = Field(20, ge=1)  # denoising steps of a preview
     preview_guidance: float = Field(4.0, ge=0)
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    evaluate: EvaluationSettings | None = None  # {metrics: [clip, dino]} …; null: no report
 
 
 class RefineSettings(Settings):
     """One run of `refine`."""
 
     method: str  # one of infer/refine/methods
-    concepts: dict[str, ConceptSettings] = Field(min_length=1)  # by placeholder, the word that will stand for it: "z"
+    concepts: dict[str, ConceptSettings] = {}  # by placeholder, the word that will stand for it: "z"
+    pairs: Path | None = None  # in place of concepts: folder of pictures with texts, learnt without a word of their own
     model: str = "toybox"  # subject model (shipped name, folder, hub id), or a plain base
     plain: bool = False  # learn on the plain base of `model`, as published, instead of on its trained networks
     output: Path  # the file, NAME.safetensors
@@ -63,6 +73,21 @@ class RefineSettings(Settings):
         if name not in METHODS:
             raise ValueError(f"no such method; expected one of {', '.join(METHODS)}")
         return name
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> RefineSettings:
+        if bool(self.concepts) == (self.pairs is not None):
+            raise ValueError(
+                "concepts or pairs: give pictures of a subject (--images) or a folder of pictures with texts (--pairs)"
+                + (", not both" if self.concepts else "")
+            )
+        if self.pairs is not None:
+            able = [name for name in METHODS if load_method(name).pair_options is not None]
+            if self.method not in able:
+                raise ValueError(f"pairs: {self.method} learns a word, and pairs have none; expected {', '.join(able)}")
+            if self.regularisation.get("kind", "none") != "none" or self.report.evaluate is not None:
+                raise ValueError("pairs: show no subject, so leave regularisation and report.evaluate out")
+        return self
 
     @field_validator("output")
     @classmethod

@@ -1,14 +1,16 @@
 """The pictures of a subject that a refinement learns from: read, checked, squared, and varied at every step.
 
 What is odd about a picture but not wrong (cropped, small, blurred, unlike the others) becomes a warning that names its
-file. Transparent pixels and the border of a shrunk picture do not count in the loss. Size augmentation: Custom
+file. Transparent pixels and the border of a shrunk picture do not count in the loss. Beside NAME.png there may stand
+NAME.txt, what it shows ("a {} on the beach"), and NAME.mask.png, white where the subject is. Size augmentation: Custom
 Diffusion, arXiv 2212.04488, section 3.2, and LASR's `min_rand_scaling`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -20,17 +22,18 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from data_pipeline.settings import Settings
-from infer.cutout import load_picture
+from infer.cutout import cut_out, load_picture
 from model.image_encoder import SubjectImageEncoder
 from model.reference import MID_GREY, prepare_reference
 
+MASK = ".mask.png"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SHARP = 12.0  # variance of the Laplacian of a grey picture scaled to 256 px; below, edges are lost
 ALIKE = 0.5  # cosine of two pictures' CLIP vectors; below, a person would hardly say that they show the same thing
 
 
 class VariationSettings(Settings):
-    """How a subject's picture is varied before a step sees it; each chance is of one sample."""
+    """How a subject's picture is varied and weighed before a step sees it; each chance is of one sample."""
 
     flip: float = Field(0.5, ge=0, le=1)  # chance of a mirrored picture
     shrink: float = Field(0.0, ge=0, le=1)  # chance of a smaller picture on empty ground, which the loss leaves out
@@ -38,6 +41,8 @@ class VariationSettings(Settings):
     enlarge: float = Field(0.0, ge=0, le=1)  # chance of a part of the picture; after `shrink`, so both sum to 1 at most
     enlarge_to: tuple[float, float] = (1.2, 1.4)
     say_size: bool = False  # tell the prompt: "very small", "far away", "zoomed in", "close up"
+    background_weight: float = Field(1.0, ge=0, le=1)  # of the loss where the subject is not; below 1 it is told apart
+    # by NAME.mask.png, else by its transparency, else by GrabCut
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class SubjectPicture:
 
     path: Path
     rgba: np.ndarray  # (S, S, 4) uint8
+    subject: np.ndarray | None = None  # (S, S) uint8, 255 where it is; None: not told apart
+    caption: str | None = None  # a template of its own, {} once; None: the run's templates
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class VariedPicture:
     """What one sample shows."""
 
     pixels: Tensor  # (3, S, S) float32 in 0..1
-    valid: Tensor  # (1, S, S) float32, 1 where the loss counts
+    valid: Tensor  # (1, S, S) float32 in 0..1, how much the loss counts
     size_words: str  # "", or words that tell how large the subject is: "very small "
 
 
@@ -69,7 +76,9 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
         if not place.exists():
             raise UserError(f"images {place}: no such file or folder; give pictures of the subject")
         if place.is_dir():
-            found += sorted(path for path in place.iterdir() if path.suffix.lower() in PICTURES)
+            found += sorted(
+                path for path in place.iterdir() if path.suffix.lower() in PICTURES and not path.name.endswith(MASK)
+            )
         else:
             found.append(place)
     if not found:
@@ -80,15 +89,18 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
     return found
 
 
-def read_pictures(files: Sequence[Path], size: int) -> tuple[list[SubjectPicture], list[str]]:
+def read_pictures(
+    files: Sequence[Path], size: int, *, tell_apart: bool = False
+) -> tuple[list[SubjectPicture], list[str]]:
     """Read, turn upright and square pictures.
 
     Args:
         size: side of the squares in pixels.
+        tell_apart: find out where the subject is.
     Returns:
         The pictures, and a warning for each that lost something.
     Raises:
-        UserError: a file that is no picture.
+        UserError: a file that is no picture; a subject that does not stand out.
     """
     pictures, warnings = [], []
     for file in files:
@@ -100,13 +112,18 @@ def read_pictures(files: Sequence[Path], size: int) -> tuple[list[SubjectPicture
         if side < size / 2:
             warnings.append(f"{file}: only {width} x {height} pixels for {size} x {size}; a larger one shows more")
         left, top = (width - side) // 2, (height - side) // 2
-        square = picture.crop((left, top, left + side, top + side))
+        middle = (left, top, left + side, top + side)
+        square = picture.crop(middle)
         if _sharpness(square) < SHARP:
             warnings.append(f"{file}: looks blurred; a sharp picture is learnt better")
         rgba = np.array(square.resize((size, size), Image.Resampling.LANCZOS))
         if not (rgba[..., 3] > 127).any():
             raise UserError(f"{file}: every pixel of its middle square is transparent; give a picture that shows it")
-        pictures.append(SubjectPicture(file, rgba))
+        subject = None
+        if tell_apart:
+            mask = _mask(file, picture).crop(middle).resize((size, size), Image.Resampling.BILINEAR)
+            subject = np.array(mask)
+        pictures.append(SubjectPicture(file, rgba, subject))
     if len(pictures) == 1:
         warnings.append(f"{files[0]}: the only picture; its background is learnt with the subject, 3 to 5 are better")
     return pictures, warnings
@@ -128,24 +145,61 @@ def unlike_pictures(pictures: Sequence[SubjectPicture], encoder: SubjectImageEnc
     ]
 
 
+def with_captions(pictures: Sequence[SubjectPicture], class_word: str) -> list[SubjectPicture]:
+    """The pictures, each with what NAME.txt beside it says, where there is one.
+
+    Args:
+        class_word: stands for the subject in texts without {}.
+    Raises:
+        UserError: a text that cannot be read or does not name the subject once.
+    """
+    return [replace(picture, caption=_caption(picture.path.with_suffix(".txt"), class_word)) for picture in pictures]
+
+
 def vary(picture: SubjectPicture, settings: VariationSettings, rng: np.random.Generator) -> VariedPicture:
     """A picture as one sample sees it; the same `rng` state, the same sample."""
-    rgba = picture.rgba
+    layers = picture.rgba if picture.subject is None else np.dstack([picture.rgba, picture.subject])  # (S, S, 4 or 5)
     if rng.random() < settings.flip:
-        rgba = rgba[:, ::-1]
+        layers = layers[:, ::-1]
     chance, words = rng.random(), ""
     if chance < settings.shrink:
         share = rng.uniform(settings.shrink_to, 1.0)
-        rgba = _shrunk(rgba, share, rng)
+        layers = _shrunk(layers, share, rng)
         if share < 0.6:
             words = str(rng.choice(["far away ", "very small "]))
     elif chance < settings.shrink + settings.enlarge:
-        rgba = _enlarged(rgba, rng.uniform(*settings.enlarge_to), rng)
+        layers = _enlarged(layers, rng.uniform(*settings.enlarge_to), rng)
         words = str(rng.choice(["zoomed in ", "close up "]))
-    valid = torch.from_numpy(np.ascontiguousarray(rgba[..., 3])).float()[None] / 255  # (1, S, S)
-    colour = torch.from_numpy(np.ascontiguousarray(rgba[..., :3])).permute(2, 0, 1).float() / 255  # (3, S, S)
+    parts = torch.from_numpy(np.ascontiguousarray(layers)).permute(2, 0, 1).float() / 255  # (4 or 5, S, S)
+    colour, valid, subject = parts[:3], parts[3:4], parts[4:]
     pixels = colour * valid + (MID_GREY / 255) * (1 - valid)
+    if len(subject):
+        valid = valid * torch.lerp(torch.tensor(settings.background_weight), torch.tensor(1.0), subject)
     return VariedPicture(pixels, valid, words if settings.say_size else "")
+
+
+def _mask(file: Path, picture: Image.Image) -> Image.Image:
+    """Where the subject of an upright RGBA picture is: grey, white there."""
+    beside = file.with_name(f"{file.stem}{MASK}")
+    told = load_picture(beside).convert("L") if beside.is_file() else None
+    return cut_out(picture, mask=told, name=str(file)).getchannel("A")
+
+
+def _caption(file: Path, class_word: str) -> str | None:
+    if not file.is_file():
+        return None
+    try:
+        text = " ".join(file.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as text ({error})") from error
+    if "{}" not in text:
+        text = re.sub(rf"\b{re.escape(class_word)}\b", "{}", text)
+    if text.count("{}") != 1:
+        raise UserError(
+            f"{file}: {text.replace('{}', class_word)!r}: expected the subject once, as {{}} or {class_word!r}; "
+            "correct it, or remove the file"
+        )
+    return text
 
 
 def _sharpness(picture: Image.Image) -> float:
@@ -154,20 +208,27 @@ def _sharpness(picture: Image.Image) -> float:
     return float(cv2.Laplacian(grey, cv2.CV_64F).var())
 
 
-def _shrunk(rgba: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+def _shrunk(layers: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
     """The picture at `share` of its side, somewhere on a transparent canvas of its size."""
-    size = rgba.shape[0]
+    size = layers.shape[0]
     side = max(1, round(size * share))
     top, left = (int(rng.integers(0, size - side + 1)) for _ in range(2))
-    canvas = np.zeros_like(rgba)
-    canvas[top : top + side, left : left + side] = cv2.resize(rgba, (side, side), interpolation=cv2.INTER_AREA)
+    canvas = np.zeros_like(layers)
+    canvas[top : top + side, left : left + side] = _resized(layers, side, cv2.INTER_AREA)
     return canvas
 
 
-def _enlarged(rgba: np.ndarray, factor: float, rng: np.random.Generator) -> np.ndarray:
+def _enlarged(layers: np.ndarray, factor: float, rng: np.random.Generator) -> np.ndarray:
     """A part of the picture, `1 / factor` of its side, at full size."""
-    size = rgba.shape[0]
+    size = layers.shape[0]
     side = max(1, round(size / factor))
     top, left = (int(rng.integers(0, size - side + 1)) for _ in range(2))
-    part = np.ascontiguousarray(rgba[top : top + side, left : left + side])
-    return cv2.resize(part, (size, size), interpolation=cv2.INTER_CUBIC)
+    return _resized(layers[top : top + side, left : left + side], size, cv2.INTER_CUBIC)
+
+
+def _resized(layers: np.ndarray, side: int, interpolation: int) -> np.ndarray:
+    """(S, S, N) -> (side, side, N); layer by layer, OpenCV takes four at most."""
+    layers = layers.transpose(2, 0, 1)
+    return np.dstack(
+        [cv2.resize(np.ascontiguousarray(one), (side, side), interpolation=interpolation) for one in layers]
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import Dataset
 
 from data_pipeline.errors import UserError
 from data_pipeline.settings import settings_of
@@ -18,14 +21,17 @@ from infer.grid import make_grid
 from infer.refine.base import open_base
 from infer.refine.method import Concept, MethodSettings, RefineBase, RefineBatch
 from infer.refine.methods import load_method
+from infer.refine.pairs import PairSamples, read_pairs
 from infer.refine.prompts import fill, templates_of
 from infer.refine.refinement import Refinement, write_refinement
 from infer.refine.regularisation import open_regularisation
 from infer.refine.samples import CollatedSamples, RefineSample, RefineSamples, collate
 from infer.refine.settings import ConceptSettings, RefineSettings
-from infer.refine.subject_images import find_pictures, read_pictures, unlike_pictures
+from infer.refine.subject_images import find_pictures, read_pictures, unlike_pictures, with_captions
 
 PREVIEW_CELL = 96  # pixels, side of each picture of the preview in the file
+PAIRS_SHOWN = 4  # whose texts are drawn as previews
+LATENTS_KEPT = 2048  # pictures; 134 MB at 512 px
 
 
 class RefineTask:
@@ -40,7 +46,7 @@ class RefineTask:
             UserError: pictures, base or options that cannot be used.
         """
         self.settings, self.own, self.device = settings, own, device
-        kinds = {concept.kind for concept in settings.concepts.values()}
+        kinds = {concept.kind for concept in settings.concepts.values()} or {"subject"}
         if len(kinds) > 1:
             raise UserError(
                 "concepts: subjects and styles cannot be learnt in one run; refine them one after the other"
@@ -53,12 +59,34 @@ class RefineTask:
         self.things = [method.thing(concept, own) for concept in self.concepts]
         torch.manual_seed(settings.seed)
         self.module = method.build(self.base, self.concepts, own).to(device)
-        sets = open_regularisation(settings, self.base, self.concepts, self.size)
-        self.dataset = RefineSamples(self.concepts, self.things, templates, own.variation, settings.seed, sets)
+        self.shown = [concept.pictures[0] for concept in self.concepts]  # beside the previews
+        self.previews = [fill(text, thing) for text in settings.report.preview_prompts for thing in self.things]
+        self.dataset: Dataset[RefineSample] = (
+            self._subject_samples(templates) if settings.pairs is None else self._pair_samples(settings.pairs)
+        )
         self.loader_workers = settings.workers
+        self.exported = False  # whether the file is written, by this process
+        self._latents: OrderedDict[bytes, Tensor] = OrderedDict()  # by picture, the one used last at the end
+
+    def _subject_samples(self, templates: tuple[str, ...]) -> RefineSamples:
+        sets = open_regularisation(self.settings, self.base, self.concepts, self.size)
+        return RefineSamples(self.concepts, self.things, templates, self.own.variation, self.settings.seed, sets)
+
+    def _pair_samples(self, folder: Path) -> PairSamples:
+        pairs, warnings = read_pairs(folder, self.base.pipeline.tokenizer)
+        samples = PairSamples(pairs, self.size, self.own.variation, self.settings.seed)
+        for line in warnings + samples.check_pictures():
+            print(f"warning: {line}")
+        chosen = range(min(len(pairs), PAIRS_SHOWN))
+        self.shown = [samples.picture(index) for index in chosen]
+        self.previews = [pairs[index].text for index in chosen]
+        return samples
 
     def _concept(self, placeholder: str, told: ConceptSettings) -> Concept:
-        pictures, warnings = read_pictures(find_pictures(told.images), self.size)
+        weighed = told.kind == "subject" and self.own.variation.background_weight < 1
+        pictures, warnings = read_pictures(find_pictures(told.images), self.size, tell_apart=weighed)
+        if told.kind == "subject":
+            pictures = with_captions(pictures, told.class_word)
         encoder = self.base.pipeline.image_encoder
         for line in warnings + ([] if encoder is None or told.kind == "style" else unlike_pictures(pictures, encoder)):
             print(f"warning: {line}")
@@ -67,16 +95,30 @@ class RefineTask:
     def collate(self, items: list[RefineSample]) -> CollatedSamples:
         return collate(items)
 
-    @torch.no_grad()
     def batch(self, collated: CollatedSamples) -> RefineBatch:
-        vae = self.base.pipeline.vae
-        pixels = collated.pixels.to(self.device, vae.dtype) * 2 - 1  # (B, 3, S, S)
-        latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor  # (B, C, h, w)
-        valid = functional.interpolate(collated.valid, size=latents.shape[-2:], mode="area").to(self.device)
+        latents = torch.cat([self._encoded(pixels) for pixels in collated.pixels])  # (B, C, h, w)
+        valid = loss_weights(collated.valid, latents.shape[-2:]).to(self.device)
         return RefineBatch(
-            latents.float(), (valid >= 0.5).float(), collated.prompts, collated.class_prompts,
+            latents, valid, collated.prompts, collated.class_prompts,
             collated.prior.to(self.device), collated.numbers,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        """Latents (1, C, h, w) of a picture (3, S, S); the few that a subject has come again and again.
+
+        Each by itself: in a batch its last bits would depend on the others, and a resumed run would part from its past.
+        """
+        key = hashlib.sha256(pixels.numpy().tobytes()).digest()
+        latents = self._latents.pop(key, None)
+        if latents is None:
+            vae = self.base.pipeline.vae
+            scaled = pixels[None].to(self.device, vae.dtype) * 2 - 1
+            latents = (vae.encode(scaled).latent_dist.mean * vae.config.scaling_factor).float()
+        self._latents[key] = latents
+        if len(self._latents) > LATENTS_KEPT:
+            self._latents.popitem(last=False)
+        return latents
 
     def keys(self, collated: CollatedSamples) -> list[str]:
         return []
@@ -87,18 +129,20 @@ class RefineTask:
     def validate(self, picture: Path) -> dict[str, float]:
         """Draw the preview prompts with what is learnt so far, and say how like the pictures they look."""
         drawn = self._preview()
-        rows = [Image.fromarray(concept.pictures[0].rgba).convert("RGB") for concept in self.concepts]
+        rows = [Image.fromarray(one.rgba).convert("RGB") for one in self.shown]
         make_grid(drawn, rows).save(picture)
         encoder = self.base.pipeline.image_encoder
         if encoder is None:
             return {}
-        own = torch.cat([_vectors(encoder, [p.rgba for p in concept.pictures]) for concept in self.concepts])
+        known = [picture for concept in self.concepts for picture in concept.pictures] or self.shown
+        own = _vectors(encoder, [picture.rgba for picture in known])
         shown = _vectors(encoder, [np.array(one.convert("RGBA")) for one in drawn])
         return {"similarity": float((shown @ own.T).mean())}
 
     def export(self, folder: Path) -> None:
         """Write the file."""
         write_refinement(self.refinement(), self.settings.output)
+        self.exported = True
 
     def refinement(self) -> Refinement:
         """What is learnt so far, as its file will hold it."""
@@ -117,22 +161,33 @@ class RefineTask:
 
     def _preview(self) -> list[Image.Image]:
         report = self.settings.report
-        prompts = [fill(template, thing) for template in report.preview_prompts for thing in self.things]
-        seeds = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
+        seeds = [torch.Generator().manual_seed(index) for index in range(len(self.previews))]
         drawn = self.base.pipeline(
-            prompts, num_inference_steps=report.preview_steps, guidance="joint",
+            self.previews, num_inference_steps=report.preview_steps, guidance="joint",
             guidance_scale=report.preview_guidance, generator=seeds,
         )  # fmt: skip
         return list(drawn.images)
 
 
+def loss_weights(valid: Tensor, size: Sequence[int]) -> Tensor:
+    """How much each cell of the latents counts, of how much each pixel does: (B, 1, S, S) -> (B, 1, *size).
+
+    A cell counts when half of its pixels do, and then as much as those do on average.
+    """
+    covered = functional.interpolate((valid > 0).float(), size=tuple(size), mode="area")
+    weights = functional.interpolate(valid, size=tuple(size), mode="area")
+    return torch.where(covered >= 0.5, weights / covered.clamp(min=0.5), 0.0)
+
+
 def method_settings(settings: RefineSettings) -> MethodSettings:
-    """The method's own settings, `options` checked.
+    """The method's own settings, `options` checked; for pairs, over those that the method has for them.
 
     Raises:
         UserError: an unknown key or a value that cannot be.
     """
-    return settings_of(load_method(settings.method).settings, settings.options, "options")
+    method = load_method(settings.method)
+    for_pairs = {} if settings.pairs is None else method.pair_options or {}
+    return settings_of(method.settings, for_pairs | settings.options, "options")
 
 
 def _trained_size(base: RefineBase) -> int:

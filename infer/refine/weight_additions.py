@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
-from torch import Tensor, nn
 
-from infer.refine.method import Concept, MethodSettings, RefineBase, RefineModule
+from infer.refine.method import Concept, MethodSettings, RefineBase
 from infer.refine.rare_token import AUTO, RareToken, choose_tokens, tell, token_rows
 from infer.refine.weight_tuning import WeightModule
 from infer.refine.words import new_ids
 from model.learned_words import LearnedWord
-from train.starting_models import noise_schedule
 
 
 class AdditionSettings(MethodSettings):
@@ -59,21 +57,12 @@ class AdditionModule(WeightModule):
     """See `RefineModule`; a method adds its weights as a submodule and their values to `tensors`."""
 
     def __init__(self, base: RefineBase, known: IdentifiedWords, settings: AdditionSettings) -> None:
+        super().__init__(base, known.words, {}, settings.prior_weight, keep_start=False)
         self.identifiers = [token.word for token in known.identifiers]
-        if known.words:
-            super().__init__(base, known.words, {}, settings.prior_weight, keep_start=False)
+        if self.with_words:
             self.learned.requires_grad_(settings.train_word)
-        else:
-            RefineModule.__init__(self, base)
-            self.schedule = noise_schedule(base.pipeline.scheduler)
-            self.parts, self.prior_weight = nn.ModuleDict(), settings.prior_weight
-
-    def tensors(self) -> dict[str, Tensor]:
-        return super().tensors() if self.identifiers else {}
 
     def words(self) -> dict[str, dict[str, Any]]:
-        if not self.identifiers:
-            return {}
         told = super().words()
         return {name: told[name] | {"identifier": word} for name, word in zip(told, self.identifiers, strict=True)}
 

@@ -7,21 +7,23 @@ The loss is the subject's denoising error plus a weighted one of the regularisat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from infer.refine.method import RefineBase, RefineBatch, denoising_error, prior_weighted
+from infer.refine.method import RefineBase, RefineBatch, RefineModule, denoising_error, prior_weighted
 from infer.refine.weight_deltas import Weights
 from infer.refine.words import WordModule, grid_of, noised, prompt_inputs
 from model.learned_words import LearnedWord
 from train.draws import SampleDraws
+from train.starting_models import noise_schedule
 
 
 class WeightModule(WordModule):
     """Parts of the base that are trained in their place, beside words.
 
     Args:
-        words: at their start.
+        words: at their start; none: fine-tuning on pairs (`pairs.py`).
         parts: of the base's UNet or text encoder, by name (`unet`, or `unet.….attn2.to_k`); their parameters are
             trained, in float32 as `open_base` loads them.
         prior_weight: of the regularisation's error.
@@ -36,7 +38,12 @@ class WeightModule(WordModule):
         prior_weight: float,
         keep_start: bool,
     ) -> None:
-        super().__init__(base, words)
+        if words:
+            super().__init__(base, words)
+        else:
+            RefineModule.__init__(self, base)
+            self.schedule = noise_schedule(base.pipeline.scheduler)
+        self.with_words = bool(words)
         # A module's name holds no dot.
         self.parts = nn.ModuleDict({name.replace(".", "/"): part.requires_grad_(True) for name, part in parts.items()})
         self.prior_weight = prior_weight
@@ -55,6 +62,13 @@ class WeightModule(WordModule):
         loss = prior_weighted(errors, batch.prior, self.prior_weight)
         told = errors.detach()
         return loss, {"denoising": told[~batch.prior].mean(), "prior": told[batch.prior].mean()}  # NaN where none is
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the words; a method adds its weights."""
+        return super().tensors() if self.with_words else {}
+
+    def words(self) -> dict[str, dict[str, Any]]:
+        return super().words() if self.with_words else {}
 
     def weights(self) -> Weights:
         """The trained weights as they are now, by name; no copies."""

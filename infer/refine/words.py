@@ -43,6 +43,9 @@ SpacedWords = Annotated[tuple[str, ...], BeforeValidator(_split)]  # a list, or 
 class WordMethod:
     """What learned words settle of a `RefineMethod`."""
 
+    pair_options: dict[str, Any] | None = None  # there is no word to learn
+    has_strength = False
+
     def thing(self, concept: Concept, settings: Any) -> str:
         return concept.placeholder
 

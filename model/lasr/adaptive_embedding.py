@@ -8,12 +8,14 @@ through the text encoder in the prompt; `layer_contexts.py` calls this for each 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.nn import functional
 
-from model.lasr.layerwise_basis import LayerwiseBasis
+from model.lasr.layerwise_basis import LayerwiseBasis, LayerwiseRows
 from model.lasr.pooling import AttentionPool, average_pool
 
 AVERAGE_TIME_SHARE = 0.5
@@ -89,8 +91,27 @@ class AdaptiveEmbedding(nn.Module):
         assert isinstance(pool, AttentionPool)
         return pool(features, weights, rows.detach(), attention)
 
+    def of_all_layers(self) -> AdaptiveRows:
+        """What makes rows out of features and time, put together once for any number of passes.
+
+        The affine part of each norm goes into the map behind it. Times of all layers are padded to one width, so that
+        one product a pass serves all of them.
+        """
+        longest = max(norm.weight.shape[0] for norm in self.time_norms)
+        feature_maps, time_maps, biases = [], [], []
+        for seen, when, map_ in zip(self.feature_norms, self.time_norms, self.maps, strict=True):
+            width = seen.weight.shape[0]
+            of_feature, of_time = map_.weight.split([width, when.weight.shape[0]], dim=1)  # (K r, F), (K r, times)
+            feature_maps.append(of_feature * seen.weight)
+            time_maps.append(functional.pad(of_time * when.weight, (0, longest - of_time.shape[1])))
+            biases.append(map_.bias + of_feature @ seen.bias + of_time @ when.bias)  # (K r,)
+        widths = tuple(norm.weight.shape[0] for norm in self.time_norms)
+        return AdaptiveRows(
+            widths, torch.stack(time_maps), torch.stack(biases), tuple(feature_maps), self.basis.of_all_layers()
+        )
+
     def forward(self, layer: int, pooled: Tensor, time: Tensor) -> Tensor:
-        """Rows from a pooled feature.
+        """Rows of one layer from a pooled feature.
 
         Args:
             pooled: (B, C or 2 C) from `pool`.
@@ -98,9 +119,40 @@ class AdaptiveEmbedding(nn.Module):
         Returns:
             (B, K, D).
         """
-        time_norm = self.time_norms[layer]
-        assert isinstance(time_norm, nn.LayerNorm)
-        seen = self.feature_norms[layer](pooled)
-        when = time_norm(time.detach().float()[:, : time_norm.normalized_shape[0]])
-        coefficients = self.maps[layer](torch.cat([seen, when], dim=-1))  # (B, K r)
-        return self.basis(coefficients.unflatten(-1, (self.basis.num_vectors, -1)), layer)  # (B, K, D)
+        made = self.of_all_layers()
+        return made(layer, pooled, made.of_time(time))
+
+
+@dataclass(frozen=True)
+class AdaptiveRows:
+    """a = W_l [LN f; LN t] + c_l, e = LayerNorm_l(a B) / sqrt(D) + s_l b_l, with all that stays put in its place."""
+
+    time_widths: tuple[int, ...]  # a layer
+    time_maps: Tensor  # (layers, K r, longest time)
+    biases: Tensor  # (layers, K r)
+    feature_maps: tuple[Tensor, ...]  # (K r, F) a layer
+    basis: LayerwiseRows
+
+    def of_time(self, time: Tensor) -> Tensor:
+        """What the time says to each layer: (B, width) -> (layers, B, K r)."""
+        time = time.detach().float()
+        longest = self.time_maps.shape[-1]
+        normed = {
+            width: functional.pad(functional.layer_norm(time[:, :width], (width,)), (0, longest - width))
+            for width in set(self.time_widths)
+        }
+        by_layer = torch.stack([normed[width] for width in self.time_widths])  # (layers, B, longest time)
+        return torch.baddbmm(self.biases[:, None], by_layer, self.time_maps.mT)
+
+    def __call__(self, layer: int, pooled: Tensor, told: Tensor) -> Tensor:
+        """Rows of one layer.
+
+        Args:
+            pooled: (B, F) from `AdaptiveEmbedding.pool`.
+            told: (layers, B, K r) from `of_time`.
+        Returns:
+            (B, K, D).
+        """
+        seen = functional.layer_norm(pooled, pooled.shape[-1:])
+        coefficients = torch.addmm(told[layer], seen, self.feature_maps[layer].T)  # (B, K r)
+        return self.basis.rows_of(layer, coefficients.view(len(pooled), len(self.basis.vectors), -1))

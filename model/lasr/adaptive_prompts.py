@@ -8,6 +8,7 @@ does. Held by `layer_contexts.py`, which mixes the states with the static ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from model.causal_text import Past, encode_onward
+from model.lasr.adaptive_embedding import AdaptiveRows
 from model.lasr.pooling import token_weights
 from model.learned_words import LearnedWord, LearnedWords
 
@@ -26,6 +28,7 @@ class AdaptivePrompts:
 
     text_encoder: CLIPTextModel
     words: list[tuple[int, LearnedWord]]  # adaptive ones, with the place of their first row in `rows`
+    makers: list[AdaptiveRows]  # of the same words
     layers: Sequence[Attention]  # cross-attention layers of the UNet, in the order of execution
     rows: Tensor  # (layers, N, D) static rows of all words
     hidden: Tensor  # (layers, A, Q, D) token and position embeddings with static rows
@@ -49,41 +52,52 @@ class AdaptivePrompts:
         for first, word in self.words:
             assert word.adaptive is not None
             own = self.rows[layer, first : first + word.num_vectors]  # (K, D)
-            with torch.autocast(features.device.type, enabled=False):
+            with in_float32(features.device):
                 pooled.append(word.adaptive.pool(layer, features, weights, own, self.layers[layer]))
         return pooled
 
-    def encode(self, layer: int, pooled: list[Tensor], time: Tensor) -> Tensor:
-        """Exact states of one layer: (A, Q, D)."""
-        return encode_onward(self.text_encoder, self._place(layer, pooled, time), self.past)[0]
+    def of_time(self, time: Tensor) -> list[Tensor]:
+        """What the time of a pass, (A, width), says to all layers: (layers, A, …) a word."""
+        with in_float32(time.device):
+            return [maker.of_time(time) for maker in self.makers]
 
-    def encode_all(self, pooled: dict[int, list[Tensor]], time: Tensor, static: Tensor) -> Tensor:
+    def encode(self, layer: int, pooled: list[Tensor], told: list[Tensor]) -> Tensor:
+        """Exact states of one layer, from `pool` and `of_time`: (A, Q, D)."""
+        return encode_onward(self.text_encoder, self._place(layer, pooled, told), self.past)[0]
+
+    def encode_all(self, pooled: dict[int, list[Tensor]], told: list[Tensor], static: Tensor) -> Tensor:
         """States of all layers in one call.
 
         Args:
             pooled: features by layer.
-            time: (A, width).
+            told: from `of_time`.
             static: (layers, A, Q, D) static states.
         Returns:
             (layers, A, Q, D).
         """
         used = self.num_used
-        placed = torch.stack([self._place(layer, pooled[layer], time)[:, :used] for layer in range(len(static))])
+        placed = torch.stack([self._place(layer, pooled[layer], told)[:, :used] for layer in range(len(static))])
         states, _ = encode_onward(self.text_encoder, placed.flatten(0, 1), self.past_by_layer)
         states = states.unflatten(0, placed.shape[:2])  # (layers, A, used, D)
         padding = static[:, :, used:] + (states[:, :, -1:] - static[:, :, used - 1 : used])
         return torch.cat([states, padding], dim=2)
 
-    def _place(self, layer: int, pooled: list[Tensor], time: Tensor) -> Tensor:
+    def _place(self, layer: int, pooled: list[Tensor], told: list[Tensor]) -> Tensor:
         """Input of the text encoder with this layer's adaptive rows in it: (A, Q, D)."""
-        found = []
-        with torch.autocast(time.device.type, enabled=False):
-            for (_, word), feature in zip(self.words, pooled, strict=True):
-                assert word.adaptive is not None
-                found.append(word.adaptive(layer, feature, time) * word.scale)  # (A, K, D)
+        with in_float32(self.hidden.device):
+            found = [
+                make(layer, feature, time) * word.scale  # (A, K, D)
+                for (_, word), make, feature, time in zip(self.words, self.makers, pooled, told, strict=True)
+            ]
         row, position, vector = self.places
         values = torch.cat(found, dim=1)[row, vector].to(self.hidden.dtype) + self.positions  # (tokens, D)
         return self.hidden[layer].index_put((row, position), values)
+
+
+def in_float32(device: torch.device) -> AbstractContextManager[None]:
+    """Without autocast; nothing at all where none is on, because it is asked for in every layer."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def adaptive_places(words: LearnedWords, input_ids: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None:

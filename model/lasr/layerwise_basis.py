@@ -8,6 +8,7 @@ github.com/askerlee/AdaFace-dev; its published code, the paper never was). Coeff
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -80,18 +81,34 @@ class LayerwiseBasis(nn.Module):
     def rank(self) -> int:
         return self.num_init + self.extra_vectors.shape[1]
 
-    def forward(self, coefficients: Tensor, layer: int | None = None) -> Tensor:
-        """Rows out of the basis.
+    def forward(self, coefficients: Tensor) -> Tensor:
+        """Rows of all layers, (..., layers, K, r) coefficients -> (..., layers, K, D)."""
+        return self.of_all_layers().rows(coefficients)
 
-        Args:
-            coefficients: (..., layers, K, r), or (..., K, r) of one `layer`.
-        Returns:
-            (..., layers, K, D) or (..., K, D).
-        """
+    def of_all_layers(self) -> LayerwiseRows:
+        """What makes rows out of coefficients, put together once for any number of them."""
         vectors = torch.cat([self.init_vectors, self.extra_vectors], dim=1)  # (K, r, D)
-        width = vectors.shape[-1]
-        at = slice(None) if layer is None else layer
-        summed = (coefficients.unsqueeze(-2) @ vectors).squeeze(-2)  # (..., K, D)
-        normed = functional.layer_norm(summed, (width,))
-        scaled = normed * self.norm_weight[at].unsqueeze(-2) + self.norm_bias[at].unsqueeze(-2)
-        return scaled / math.sqrt(width) + self.bias_scale[at] * self.bias[at]
+        shrink = 1 / math.sqrt(vectors.shape[-1])
+        offset = self.norm_bias[:, None] * shrink + self.bias_scale * self.bias  # (layers, K, D)
+        return LayerwiseRows(vectors, self.norm_weight * shrink, offset)
+
+
+@dataclass(frozen=True)
+class LayerwiseRows:
+    """e_l = LayerNorm(a_l B) weight_l + offset_l."""
+
+    vectors: Tensor  # (K, r, D) B
+    weight: Tensor  # (layers, D)
+    offset: Tensor  # (layers, K, D)
+
+    def rows(self, coefficients: Tensor) -> Tensor:
+        """(..., layers, K, r) -> (..., layers, K, D)."""
+        return self._normed(coefficients) * self.weight[:, None] + self.offset
+
+    def rows_of(self, layer: int, coefficients: Tensor) -> Tensor:
+        """(..., K, r) of one layer -> (..., K, D)."""
+        return torch.addcmul(self.offset[layer], self._normed(coefficients), self.weight[layer])
+
+    def _normed(self, coefficients: Tensor) -> Tensor:
+        summed = (coefficients.unsqueeze(-2) @ self.vectors).squeeze(-2)  # (..., K, D)
+        return functional.layer_norm(summed, summed.shape[-1:])

@@ -1,4 +1,4 @@
-"""Learning rate over the steps, as a pure function: linear warm-up, then constant or a decay to zero."""
+"""Learning rate over the steps, as a pure function: linear warm-up, then constant or a decay."""
 
 from __future__ import annotations
 
@@ -14,4 +14,5 @@ def learning_rate_factor(step: int, steps: int, settings: OptimizerSettings) -> 
     if settings.decay == "constant":
         return 1.0
     progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-    return 1.0 - progress if settings.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1.0 - progress if settings.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.decay_to + (1 - settings.decay_to) * left

@@ -172,6 +172,8 @@ class AdapterMethod:
 
     name = "adapter"
     settings: type[MethodSettings] = AdapterSettings
+    pair_options: dict[str, Any] | None = {"preset": "pairs"}
+    has_strength = True
 
     def thing(self, concept: Concept, settings: Any) -> str:
         return identified_thing(concept)
@@ -183,20 +185,11 @@ class AdapterMethod:
         except AdapterError as error:
             raise UserError(str(error)) from error
 
-    def install(
-        self,
-        pipeline: SubjectDiffusionPipeline,
-        refinements: Sequence[Refinement],
-        strengths: Sequence[float] | None = None,
-    ) -> None:
-        """All files side by side; those that were installed before are taken out.
-
-        Args:
-            strengths: factor on what each adds; None: 1.
-        """
+    def install(self, pipeline: SubjectDiffusionPipeline, refinements: Sequence[Refinement]) -> None:
+        """All files side by side, each at its strength; those that were installed before are taken out."""
         sets = [refined_adapters(pipeline, refinement) for refinement in refinements]
-        for adapters, strength in zip(sets, strengths or [1.0] * len(sets), strict=True):
-            adapters.strength = strength
+        for adapters, refinement in zip(sets, refinements, strict=True):
+            adapters.strength = refinement.strength
             adapters.to(pipeline.unet.device, pipeline.unet.dtype).requires_grad_(False)
         attach(pipeline.unet, sets)
 

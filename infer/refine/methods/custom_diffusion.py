@@ -56,6 +56,9 @@ class CrossAttentionSettings(MethodSettings):
     prior_weight: float = Field(1.0, ge=0)  # of the regularisation's error
     compress: float | None = Field(None, gt=0, le=1)  # keep so much of the sum of singular values; null: in full
 
+    def rate_factors(self) -> dict[str, float]:
+        return {} if self.word_rate == 1 else {r"learned\..*": self.word_rate}
+
     @model_validator(mode="before")
     @classmethod
     def _values_of_preset(cls, values: Any) -> Any:
@@ -75,7 +78,7 @@ class CustomDiffusionModule(WeightModule):
     def __init__(self, base: RefineBase, words: Sequence[LearnedWord], settings: CrossAttentionSettings) -> None:
         parts = tuned_parts(base.pipeline.unet, settings.parts)
         super().__init__(base, words, parts, settings.prior_weight, keep_start=settings.compress is not None)
-        self.compress, self.word_rate = settings.compress, settings.word_rate
+        self.compress = settings.compress
 
     def tensors(self) -> dict[str, Tensor]:
         now = self.weights()
@@ -84,9 +87,6 @@ class CustomDiffusionModule(WeightModule):
         else:
             now = packed_low_rank(self.start, now, self.compress)
         return now | super().tensors()
-
-    def rate_factors(self) -> dict[str, float]:
-        return {r"learned\..*": self.word_rate}
 
 
 def tuned_parts(unet: nn.Module, parts: Parts) -> dict[str, nn.Module]:
@@ -98,6 +98,9 @@ def tuned_parts(unet: nn.Module, parts: Parts) -> dict[str, nn.Module]:
 
 class CrossAttentionMethod(ABC):
     """What methods that tune cross-attention settle of a `RefineMethod`; they differ in where the word starts."""
+
+    pair_options: dict[str, Any] | None = None  # what tells z from its class is the word
+    has_strength = False
 
     @abstractmethod
     def starts(self, base: RefineBase, concepts: Sequence[Concept], settings: Any) -> list[LearnedWord]:

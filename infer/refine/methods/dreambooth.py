@@ -54,7 +54,8 @@ class DreamBoothModule(WeightModule):
         if settings.text_encoder:
             parts["text_encoder"] = base.pipeline.text_encoder
         super().__init__(base, words, parts, settings.prior_weight, keep_start=True)
-        self.learned.requires_grad_(settings.text_encoder)
+        if self.with_words:
+            self.learned.requires_grad_(settings.text_encoder)
         self.identifiers = [token.word for token in identifiers]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -70,12 +71,15 @@ class DreamBooth:
 
     name = "dreambooth"
     settings: type[MethodSettings] = DreamBoothSettings
+    pair_options: dict[str, Any] | None = {}
+    has_strength = False
 
     def thing(self, concept: Concept, settings: Any) -> str:
         return f"{concept.placeholder} {concept.class_word}"
 
     def build(self, base: RefineBase, concepts: Sequence[Concept], settings: DreamBoothSettings) -> DreamBoothModule:
-        tokens = choose_tokens(base.pipeline.tokenizer, settings.identifier, len(concepts))
+        """No concepts: the task of pairs."""
+        tokens = choose_tokens(base.pipeline.tokenizer, settings.identifier, len(concepts)) if concepts else []
         tell([concept.placeholder for concept in concepts], tokens, "stands for the identifier")
         words = [
             LearnedWord.plain(concept.placeholder, new_ids(base, concept, len(token.ids)), token_rows(base, token))

@@ -46,6 +46,7 @@ from model.layer_contexts import LayerContexts
 from model.learned_words import LearnedWord, Mode
 from model.text_fusion import WordRows, encode_prompt
 from train.draws import SampleDraws
+from train.settings import Decay
 
 FACTOR = (0.8, 1.4)  # in training the weight of adaptive contexts is multiplied by a number between these
 
@@ -57,6 +58,8 @@ class LasrSettings(MethodSettings):
     batch_size: int = Field(2, gt=0)
     learning_rate: float = Field(1e-3, gt=0)  # --lr; with `scale_learning_rate` 2e-3, as its --scale_lr does by default
     warmup_steps: int = Field(500, ge=0)
+    decay: Decay = "cosine"
+    decay_to: float = Field(0.2, ge=0, le=1)
     variation: VariationSettings = VariationSettings(shrink=0.5, shrink_to=0.7)  # --min_rand_scaling
     num_vectors: int = Field(1, gt=0)
     init_words: SpacedWords = ()  # --init_word; none: the class word
@@ -236,14 +239,15 @@ def lasr_word(base: RefineBase, concept: Concept, settings: LasrSettings) -> Lea
 def compositions(batch: RefineBatch, draws: SampleDraws, number: int) -> Compositions:
     """Prompts of a batch with phrases that the samples draw: `number` of them, its samples in turn.
 
-    Those of the regularisation are passed over: they hold no word.
+    Those of the regularisation are passed over: they hold no word. A phrase depends on its sample and on how many it
+    has had before, not on the batch, so that two processes see what one would.
     """
     seeds = draws.integers(2**31 - 1)  # (B,)
     own = (~batch.prior).nonzero().flatten()  # (A,)
     held = torch.arange(number if len(own) else 0, device=own.device) % max(len(own), 1)  # (N,)
     samples = own[held]
     texts = [
-        composed(batch.prompts[sample], np.random.default_rng((int(seeds[sample]), turn)))
+        composed(batch.prompts[sample], np.random.default_rng((int(seeds[sample]), turn // len(own))))
         for turn, sample in enumerate(samples.tolist())
     ]
     return Compositions(samples, held, tuple(texts))

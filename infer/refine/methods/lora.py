@@ -105,6 +105,8 @@ class LoraMethod:
 
     name = "lora"
     settings: type[MethodSettings] = LoraSettings
+    pair_options: dict[str, Any] | None = {}
+    has_strength = True
 
     def thing(self, concept: Concept, settings: Any) -> str:
         return identified_thing(concept)
@@ -113,28 +115,18 @@ class LoraMethod:
         """No concepts: fine-tuning on pairs."""
         return LoraModule(base, identified_words(base, concepts, settings), settings)
 
-    def install(
-        self,
-        pipeline: SubjectDiffusionPipeline,
-        refinements: Sequence[Refinement],
-        strengths: Sequence[float] | None = None,
-    ) -> None:
-        """All files at once, W + sum of strength · B A; those that were installed before are taken out.
-
-        Args:
-            strengths: factor of each; None: 1.
-        """
-        weights = list(strengths or [1.0] * len(refinements))
+    def install(self, pipeline: SubjectDiffusionPipeline, refinements: Sequence[Refinement]) -> None:
+        """All files at once, W + sum of strength · B A; those that were installed before are taken out."""
         names = [f"{INSTALLED}{index}" for index in range(len(refinements))]
         for part in PARTS:
             network = getattr(pipeline, part)
             _remove(network, [name for name in getattr(network, "peft_config", {}) if name.startswith(INSTALLED)])
             chosen = []
-            for name, weight, refinement in zip(names, weights, refinements, strict=True):
+            for name, refinement in zip(names, refinements, strict=True):
                 own = _of_part(lora_tensors(refinement), part)
                 if own:
                     _load(pipeline, part, own, name, refinement.label)
-                    chosen.append((name, weight))
+                    chosen.append((name, refinement.strength))
             if chosen:
                 set_weights_and_activate_adapters(network, [name for name, _ in chosen], [w for _, w in chosen])
                 network.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def test_a_file_draws_what_the_trained_pipeline_draws(base, tiny_model, tmp_path
     without = draw(pipeline)
     METHOD.install(pipeline, [refinement])
     assert torch.allclose(draw(pipeline), drawn, atol=1e-5) and not torch.allclose(without, drawn, atol=1e-3)
-    METHOD.install(pipeline, [refinement], [0.0])
+    METHOD.install(pipeline, [replace(refinement, strength=0.0)])
     assert torch.equal(draw(pipeline), without)
 
 

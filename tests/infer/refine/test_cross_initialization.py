@@ -101,7 +101,7 @@ def test_the_loss_pulls_back_to_the_start(tiny_model: TinyModel, tmp_path: Path)
     """Rows 3 and 1 away from their start: mean distance 2."""
     base, names = tiny_base(tiny_model), names_file(tmp_path)
     module = METHOD.build(base, [concept()], CrossInitSettings(names=names, distance_weight=0.5))
-    batch = tiny_batch(["a z on the beach"])
+    batch = tiny_batch("a z on the beach")
     loss, metrics = module(batch, SampleDraws(0, 0, [0]), 0)
     assert torch.equal(loss, metrics["denoising"]) and metrics["distance"] == 0
     loss.backward()
@@ -121,7 +121,7 @@ def test_a_word_draws_from_its_file_what_it_drew_in_training(tiny_model: TinyMod
     again = tiny_base(tiny_model)
     install_refinements(again.pipeline, [file], again.name)
     assert set(file.tensors) == {"words.z"} and file.words == {"z": {"vectors": 2}}
-    assert torch.equal(drawn(again, "a z on the beach"), drawn(module.base, "a z on the beach"))
+    assert torch.equal(drawn(again.pipeline, "a z on the beach"), drawn(module.base.pipeline, "a z on the beach"))
 
 
 def test_a_few_steps_lower_the_loss_on_toybox() -> None:

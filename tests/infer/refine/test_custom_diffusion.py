@@ -16,10 +16,10 @@ from infer.refine.methods.custom_diffusion import METHOD, CustomDiffusionModule,
 from infer.refine.rare_token import choose_tokens, rare_tokens
 from infer.refine.weight_deltas import base_weights, low_rank, packed_half, packed_low_rank, restored
 from model.attention_maps import cross_attention_layers
-from tests.infer.refine.tuned_cases import batch, concept, draw, loss_of, refinement_of, tune, tuned_base
+from tests.infer.refine.tiny_base import concept, drawn, loss_of, refinement_of, tiny_base, tiny_batch, tune
 from tests.infer.tiny_model import TinyModel
 
-SAMPLES = batch("a photo of a z dog", "a close view of a z dog")
+SAMPLES = tiny_batch("a photo of a z dog", "a close view of a z dog")
 
 
 def module_of(base, *concepts, **options) -> CustomDiffusionModule:
@@ -28,7 +28,7 @@ def module_of(base, *concepts, **options) -> CustomDiffusionModule:
 
 
 def test_keys_values_and_the_word_are_trained_and_nothing_else_moves(tiny_model: TinyModel) -> None:
-    base = tuned_base(tiny_model)
+    base = tiny_base(tiny_model)
     before = {name: value.clone() for name, value in base_weights(base.pipeline).items()}
     module = module_of(base)
     losses = tune(module, SAMPLES)
@@ -41,14 +41,14 @@ def test_keys_values_and_the_word_are_trained_and_nothing_else_moves(tiny_model:
 
 
 def test_whole_trains_all_of_cross_attention(tiny_model: TinyModel) -> None:
-    base = tuned_base(tiny_model)
+    base = tiny_base(tiny_model)
     names = {name for name in base_weights(base.pipeline) if ".attn2." in name}
     assert set(module_of(base, parts="whole").weights()) == names
     assert any("to_out.0.bias" in name for name in names) and any("to_q" in name for name in names)
 
 
 def test_the_word_starts_from_a_rare_token_with_one_vector(tiny_model: TinyModel, capsys) -> None:
-    base = tuned_base(tiny_model)
+    base = tiny_base(tiny_model)
     module = module_of(base, token="dog")
     row = base.pipeline.text_encoder.embeddings.token_embedding.weight[
         base.pipeline.tokenizer.convert_tokens_to_ids("dog</w>")
@@ -59,7 +59,7 @@ def test_the_word_starts_from_a_rare_token_with_one_vector(tiny_model: TinyModel
 
 
 def test_rare_tokens_are_the_latest_short_pieces_without_vowels(tiny_model: TinyModel) -> None:
-    tokenizer = tuned_base(tiny_model).pipeline.tokenizer
+    tokenizer = tiny_base(tiny_model).pipeline.tokenizer
     vocabulary = tokenizer.get_vocab()
     fitting = [p for p in vocabulary if re.fullmatch("[bcdfghjklmnpqrstvwxz]{2,3}</w>", p)]
     first = rare_tokens(tokenizer, 1)[0]
@@ -75,10 +75,10 @@ def test_rare_tokens_are_the_latest_short_pieces_without_vowels(tiny_model: Tiny
 
 
 def test_regularisation_has_its_own_weight(tiny_model: TinyModel) -> None:
-    samples = batch("a z dog", "a dog", prior=(False, True))
+    samples = tiny_batch("a z dog", "a dog", prior=(False, True))
     losses = {}
     for weight in (0.0, 1.0, 3.0):
-        losses[weight], metrics = loss_of(module_of(tuned_base(tiny_model), prior_weight=weight), samples)
+        losses[weight], metrics = loss_of(module_of(tiny_base(tiny_model), prior_weight=weight), samples)
     assert torch.allclose(losses[0.0], metrics["denoising"])
     assert torch.allclose(losses[3.0], metrics["denoising"] + 3 * metrics["prior"])
     assert torch.allclose(losses[1.0], metrics["denoising"] + metrics["prior"])
@@ -130,20 +130,20 @@ def test_changes_in_fp16_are_exact_to_a_two_thousandth_of_the_largest(tiny_model
 
 @pytest.mark.parametrize("options", [{}, {"parts": "whole"}, {"compress": 1.0}])
 def test_a_file_draws_as_the_module_that_it_was_saved_from(tiny_model: TinyModel, options) -> None:
-    base = tuned_base(tiny_model)
+    base = tiny_base(tiny_model)
     module = module_of(base, **options)
     tune(module, SAMPLES)
-    wanted = draw(base.pipeline, "a z dog on the beach")
-    saved = refinement_of("custom-diffusion", base, module, concept())
-    fresh = tuned_base(tiny_model)
-    plain = draw(fresh.pipeline, "a dog on the beach")
+    wanted = drawn(base.pipeline, "a z dog on the beach")
+    saved = refinement_of("custom-diffusion", module, concept())
+    fresh = tiny_base(tiny_model)
+    plain = drawn(fresh.pipeline, "a dog on the beach")
     install_refinements(fresh.pipeline, [saved], "tiny")
-    assert torch.allclose(draw(fresh.pipeline, "a z dog on the beach"), wanted, atol=1e-4)
+    assert torch.allclose(drawn(fresh.pipeline, "a z dog on the beach"), wanted, atol=1e-4)
     assert not torch.allclose(plain, wanted, atol=1e-2)
 
 
 def test_compression_shrinks_the_file(tiny_model: TinyModel) -> None:
-    module = module_of(tuned_base(tiny_model), compress=0.3)
+    module = module_of(tiny_base(tiny_model), compress=0.3)
     tune(module, SAMPLES)
     held = sum(v.numel() for n, v in module.tensors().items() if n.startswith("unet."))
     assert held < 0.5 * sum(v.numel() for v in module.weights().values())
@@ -153,19 +153,19 @@ def test_compression_shrinks_the_file(tiny_model: TinyModel) -> None:
 
 
 def test_several_concepts_are_learnt_in_one_run(tiny_model: TinyModel) -> None:
-    base = tuned_base(tiny_model)
-    concepts = [concept(), concept("y", "mug", 1)]
+    base = tiny_base(tiny_model)
+    concepts = [concept(), concept("y", "mug")]
     module = module_of(base, *concepts, token="dog+mug")
-    losses = tune(module, batch("a z dog", "a y mug"))
+    losses = tune(module, tiny_batch("a z dog", "a y mug"))
     assert losses[-1] < losses[0] and set(module.words()) == {"z", "y"}
-    fresh = tuned_base(tiny_model)
-    install_refinements(fresh.pipeline, [refinement_of("custom-diffusion", base, module, *concepts)], "tiny")
-    assert draw(fresh.pipeline, "a z dog and a y mug").isfinite().all()
+    fresh = tiny_base(tiny_model)
+    install_refinements(fresh.pipeline, [refinement_of("custom-diffusion", module, *concepts)], "tiny")
+    assert drawn(fresh.pipeline, "a z dog and a y mug").isfinite().all()
 
 
 def test_weights_that_do_not_fit_are_refused(tiny_model: TinyModel) -> None:
-    base = tuned_base(tiny_model)
-    saved = refinement_of("custom-diffusion", base, module_of(base), concept())
+    base = tiny_base(tiny_model)
+    saved = refinement_of("custom-diffusion", module_of(base), concept())
     name = next(name for name in saved.tensors if name.startswith("unet."))
     weights = base_weights(base.pipeline)
     value = saved.tensors.pop(name)
@@ -180,20 +180,20 @@ def test_weights_that_do_not_fit_are_refused(tiny_model: TinyModel) -> None:
 
 def test_cross_initialization_gives_the_same_tuning_another_start(tiny_model: TinyModel) -> None:
     method = load_method("cross-init-custom-diffusion")
-    base = tuned_base(tiny_model)
+    base = tiny_base(tiny_model)
     settings = settings_of(method.settings, {"init_words": "dog mug", "preset": "faces"}, "options")
     assert settings.parts == "whole" and method.thing(concept(), settings) == "z dog"
     module = method.build(base, [concept()], settings)
     assert module.words() == {"z": {"vectors": 2}}
     tune(module, SAMPLES)
-    wanted = draw(base.pipeline, "a z dog on the beach")
-    fresh = tuned_base(tiny_model)
+    wanted = drawn(base.pipeline, "a z dog on the beach")
+    fresh = tiny_base(tiny_model)
     install_refinements(
-        fresh.pipeline, [refinement_of("cross-init-custom-diffusion", base, module, concept())], "tiny"
+        fresh.pipeline, [refinement_of("cross-init-custom-diffusion", module, concept())], "tiny"
     )  # fmt: skip
-    assert torch.allclose(draw(fresh.pipeline, "a z dog on the beach"), wanted, atol=1e-4)
+    assert torch.allclose(drawn(fresh.pipeline, "a z dog on the beach"), wanted, atol=1e-4)
 
 
 def test_a_plain_base_is_tuned_too(tiny_model: TinyModel) -> None:
-    losses = tune(module_of(tuned_base(tiny_model, plain=True)), SAMPLES)
+    losses = tune(module_of(tiny_base(tiny_model, plain=True)), SAMPLES)
     assert losses[-1] < losses[0]

@@ -13,10 +13,10 @@ from infer.refine.methods.dreambooth import METHOD, DreamBoothModule, DreamBooth
 from infer.refine.rare_token import rare_tokens
 from infer.refine.weight_deltas import base_weights
 from infer.refine.words import prompt_inputs
-from tests.infer.refine.tuned_cases import batch, concept, draw, refinement_of, tune, tuned_base
+from tests.infer.refine.tiny_base import concept, drawn, refinement_of, tiny_base, tiny_batch, tune
 from tests.infer.tiny_model import TinyModel
 
-SAMPLES = batch("a z dog", "a dog", prior=(False, True))
+SAMPLES = tiny_batch("a z dog", "a dog", prior=(False, True))
 
 
 def module_of(base, *concepts, **options) -> DreamBoothModule:
@@ -25,7 +25,7 @@ def module_of(base, *concepts, **options) -> DreamBoothModule:
 
 @pytest.mark.parametrize("text_encoder", [False, True])
 def test_the_whole_unet_is_trained_and_the_text_encoder_on_request(tiny_model: TinyModel, text_encoder: bool) -> None:
-    base = tuned_base(tiny_model)
+    base = tiny_base(tiny_model)
     before = {name: value.clone() for name, value in base_weights(base.pipeline).items()}
     module = module_of(base, text_encoder=text_encoder)
     row = module.learned.static_rows().clone()
@@ -39,8 +39,8 @@ def test_the_whole_unet_is_trained_and_the_text_encoder_on_request(tiny_model: T
 
 
 def test_the_placeholder_reads_as_the_identifier(tiny_model: TinyModel, capsys) -> None:
-    base = tuned_base(tiny_model)
-    plain = tuned_base(tiny_model).pipeline
+    base = tiny_base(tiny_model)
+    plain = tiny_base(tiny_model).pipeline
     word = rare_tokens(plain.tokenizer, 1)[0].word
     module = module_of(base)
     assert module.words() == {"z": {"vectors": 1, "identifier": word}}
@@ -48,39 +48,39 @@ def test_the_placeholder_reads_as_the_identifier(tiny_model: TinyModel, capsys) 
     ids = prompt_inputs(base.pipeline, ["a z dog"]).input_ids
     own = prompt_inputs(plain, [f"a {word} dog"]).input_ids
     assert (ids != own).sum() == 1
-    assert torch.equal(draw(base.pipeline, "a z dog"), draw(plain, f"a {word} dog"))
+    assert torch.equal(drawn(base.pipeline, "a z dog"), drawn(plain, f"a {word} dog"))
     assert METHOD.thing(concept(), None) == "z dog"
 
 
 def test_a_given_identifier_is_taken_and_may_be_several_tokens(tiny_model: TinyModel, capsys) -> None:
-    assert module_of(tuned_base(tiny_model), identifier="mug").words()["z"]["identifier"] == "mug"
-    assert module_of(tuned_base(tiny_model), identifier="xyq").words()["z"]["vectors"] == 3
+    assert module_of(tiny_base(tiny_model), identifier="mug").words()["z"]["identifier"] == "mug"
+    assert module_of(tiny_base(tiny_model), identifier="xyq").words()["z"]["vectors"] == 3
     assert "3 tokens, a single rare one is learnt better" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text_encoder", [False, True])
 def test_a_file_draws_as_the_module_that_it_was_saved_from(tiny_model: TinyModel, text_encoder: bool) -> None:
-    base = tuned_base(tiny_model)
+    base = tiny_base(tiny_model)
     module = module_of(base, text_encoder=text_encoder)
     tune(module, SAMPLES)
-    wanted = draw(base.pipeline, "a z dog on the beach")
-    fresh = tuned_base(tiny_model)
-    before = draw(fresh.pipeline, "a dog on the beach")
-    install_refinements(fresh.pipeline, [refinement_of("dreambooth", base, module, concept())], "tiny")
-    found = draw(fresh.pipeline, "a z dog on the beach")
+    wanted = drawn(base.pipeline, "a z dog on the beach")
+    fresh = tiny_base(tiny_model)
+    before = drawn(fresh.pipeline, "a dog on the beach")
+    install_refinements(fresh.pipeline, [refinement_of("dreambooth", module, concept())], "tiny")
+    found = drawn(fresh.pipeline, "a z dog on the beach")
     assert (found - wanted).abs().max() < 0.02 * (wanted - before).abs().max()
     installed, trained = base_weights(fresh.pipeline), module.weights()
     assert all((installed[n] - v).abs().max() < 1e-4 for n, v in trained.items())
 
 
 def test_two_files_and_one_beside_custom_diffusion_are_refused(tiny_model: TinyModel) -> None:
-    base = tuned_base(tiny_model)
-    first = refinement_of("dreambooth", base, module_of(base), concept())
-    other = refinement_of("dreambooth", base, module_of(base, concept("y")), concept("y"))
-    third = tuned_base(tiny_model)
+    base = tiny_base(tiny_model)
+    first = refinement_of("dreambooth", module_of(base), concept())
+    other = refinement_of("dreambooth", module_of(base, concept("y")), concept("y"))
+    third = tiny_base(tiny_model)
     tuned = CUSTOM_DIFFUSION.build(third, [concept("q")], CUSTOM_DIFFUSION.settings())
-    custom = refinement_of("custom-diffusion", third, tuned, concept("q"))
-    pipeline = tuned_base(tiny_model).pipeline
+    custom = refinement_of("custom-diffusion", tuned, concept("q"))
+    pipeline = tiny_base(tiny_model).pipeline
     before = {name: value.clone() for name, value in base_weights(pipeline).items()}
     with pytest.raises(UserError, match="each replaces the whole UNet, and nothing tells how to join two"):
         METHOD.install(pipeline, [first, other])

@@ -43,10 +43,10 @@ def test_words_of_several_methods_meet_in_one_prompt(tiny_model: TinyModel, tmp_
     ]
     base = with_files(tiny_model, files)
     prompt = "a z and a y and a x and a w"
-    whole = drawn(base, prompt)
+    whole = drawn(base.pipeline, prompt)
     assert whole.isfinite().all()
     for word in "zyxw":
-        assert not torch.allclose(whole, drawn(base, prompt.replace(f"a {word}", "a mug")), atol=1e-4)
+        assert not torch.allclose(whole, drawn(base.pipeline, prompt.replace(f"a {word}", "a mug")), atol=1e-4)
 
 
 def test_a_renamed_word_is_the_same_word(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_renamed_word_is_the_same_word(tiny_model: TinyModel, tmp_path: Path) 
         with_files(tiny_model, [first, second])
     both = with_files(tiny_model, [first, rename_placeholders(second, [("z", "y")])])
     alone = with_files(tiny_model, [second])
-    assert torch.equal(drawn(both, "a y on the beach"), drawn(alone, "a z on the beach"))
+    assert torch.equal(drawn(both.pipeline, "a y on the beach"), drawn(alone.pipeline, "a z on the beach"))
 
 
 def test_files_may_be_installed_one_after_the_other(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_what_was_made_on_another_base_is_refused_before_anything_changes(
 def test_files_of_diffusers_are_taken_where_their_width_fits(tiny_model: TinyModel, tmp_path: Path) -> None:
     path = tmp_path / "learned_embeds.safetensors"
     save_file({"<toy>": torch.randn(32)}, path)
-    assert drawn(with_files(tiny_model, [read_refinement(path)]), "a <toy> on the beach").isfinite().all()
+    assert drawn(with_files(tiny_model, [read_refinement(path)]).pipeline, "a <toy> on the beach").isfinite().all()
     save_file({"<toy>": torch.randn(768)}, path)
     with pytest.raises(UserError, match="the vectors of '<toy>' are 768 wide, those of this base 32"):
         with_files(tiny_model, [read_refinement(path)])
@@ -125,4 +125,4 @@ def test_strength_and_mode_can_be_told_at_inference(tiny_model: TinyModel, tmp_p
     install_refinements(base.pipeline, files, base.name, mode="fast", scale=0.5, adaptive_weight=0.25)
     assert base.pipeline.words.mode == "fast"
     assert [(word.scale, word.adaptive_weight) for word in base.pipeline.words] == [(0.5, 0.25), (0.5, 0.25)]
-    assert torch.equal(drawn(base, "a z"), drawn(base, "a z"))
+    assert torch.equal(drawn(base.pipeline, "a z"), drawn(base.pipeline, "a z"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_a_file_draws_what_the_trained_pipeline_draws(base, tiny_model, tmp_path
     without = draw(pipeline)
     METHOD.install(pipeline, [refinement])
     assert torch.allclose(draw(pipeline), drawn, atol=1e-5) and not torch.allclose(without, drawn, atol=1e-3)
-    METHOD.install(pipeline, [refinement], [0.0])
+    METHOD.install(pipeline, [replace(refinement, strength=0.0)])
     assert torch.allclose(draw(pipeline), without, atol=1e-5)
     METHOD.install(pipeline, [])
     assert torch.allclose(draw(pipeline), without, atol=1e-6)
@@ -155,10 +156,11 @@ def test_several_files_add_up_with_their_weights(tiny_model, tmp_path: Path) -> 
     for weight, file in zip((0.5, 2.0), files, strict=True):
         a, b = (file.tensors[f"unet.{QUERY}.lora_{side}.weight"] for side in "AB")
         expected = expected + weight * x @ (b @ a).T
-    METHOD.install(pipeline, files, [0.5, 2.0])
+    weighed = [replace(file, strength=weight) for file, weight in zip(files, (0.5, 2.0), strict=True)]
+    METHOD.install(pipeline, weighed)
     assert torch.allclose(pipeline.unet.get_submodule(QUERY)(x), expected, atol=1e-5)
     together = draw(pipeline, "a z dog and a y dog")
-    METHOD.install(pipeline, files[::-1], [2.0, 0.5])
+    METHOD.install(pipeline, weighed[::-1])
     assert torch.allclose(draw(pipeline, "a z dog and a y dog"), together, atol=1e-4)
 
 

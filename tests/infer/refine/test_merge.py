@@ -14,7 +14,7 @@ from infer.refine.install import install_refinements
 from infer.refine.methods.custom_diffusion import METHOD, CustomDiffusionSettings
 from infer.refine.refinement import Refinement, rename_placeholders
 from infer.refine.weight_deltas import base_weights
-from tests.infer.refine.tuned_cases import batch, concept, draw, refinement_of, tune, tuned_base
+from tests.infer.refine.tiny_base import concept, drawn, refinement_of, tiny_base, tiny_batch, tune
 from tests.infer.tiny_model import TinyModel
 
 
@@ -63,16 +63,16 @@ def tuned(tiny_model: TinyModel) -> tuple[Refinement, Refinement]:
     """Two subjects, tuned apart: z dog and y mug."""
     files = []
     for word, noun, colour in (("z", "dog", 0), ("y", "mug", 1)):
-        base, subject = tuned_base(tiny_model), concept(word, noun, colour)
+        base, subject = tiny_base(tiny_model), concept(word, noun)
         settings = settings_of(CustomDiffusionSettings, {"token": noun}, "options")
         module = METHOD.build(base, [subject], settings)
-        tune(module, batch(f"a {word} {noun}", f"a photo of a {word} {noun}", seed=colour))
-        files.append(refinement_of("custom-diffusion", base, module, subject))
+        tune(module, tiny_batch(f"a {word} {noun}", f"a photo of a {word} {noun}", seed=colour))
+        files.append(refinement_of("custom-diffusion", module, subject))
     return files[0], files[1]
 
 
 def test_merged_weights_keep_what_each_concept_was_tuned_to(tiny_model: TinyModel, tuned) -> None:
-    pipeline = tuned_base(tiny_model).pipeline
+    pipeline = tiny_base(tiny_model).pipeline
     start = {name: value.clone() for name, value in base_weights(pipeline).items()}
     install_refinements(pipeline, tuned, "tiny")
     weights = base_weights(pipeline)
@@ -85,11 +85,11 @@ def test_merged_weights_keep_what_each_concept_was_tuned_to(tiny_model: TinyMode
             moved = (ordinary @ (weights[name] - start[name]).double().T).norm()
             own = (ordinary @ (file.tensors[name] - start[name]).double().T).norm()
             assert moved < own  # ordinary captions move less than under the tuned weights themselves
-    assert draw(pipeline, "a z dog beside a y mug").isfinite().all()
+    assert drawn(pipeline, "a z dog beside a y mug").isfinite().all()
 
 
 def test_targets_are_the_names_own_tokens(tiny_model: TinyModel, tuned) -> None:
-    pipeline = tuned_base(tiny_model).pipeline
+    pipeline = tiny_base(tiny_model).pipeline
     install_refinements(pipeline, tuned[:1], "tiny")
     assert _target_texts(tuned[0]) == [("z dog", "z dog"), ("photo of a z dog", "z dog")]
     assert _states(pipeline, _target_texts(tuned[0])).shape == (4, 32)  # z and dog, alone and in a photo
@@ -98,16 +98,16 @@ def test_targets_are_the_names_own_tokens(tiny_model: TinyModel, tuned) -> None:
 def test_files_with_the_same_placeholder_are_renamed_first(tiny_model: TinyModel, tuned) -> None:
     other = rename_placeholders(tuned[1], [("y", "z")])
     with pytest.raises(UserError, match="placeholder 'z' is also that of .*; rename one of them"):
-        install_refinements(tuned_base(tiny_model).pipeline, [tuned[0], other], "tiny")
-    pipeline = tuned_base(tiny_model).pipeline
+        install_refinements(tiny_base(tiny_model).pipeline, [tuned[0], other], "tiny")
+    pipeline = tiny_base(tiny_model).pipeline
     install_refinements(pipeline, [tuned[0], rename_placeholders(other, [("z", "q")])], "tiny")
-    assert draw(pipeline, "a z dog beside a q mug").isfinite().all()
+    assert drawn(pipeline, "a z dog beside a q mug").isfinite().all()
 
 
 def test_files_that_tuned_more_than_keys_and_values_do_not_merge(tiny_model: TinyModel, tuned) -> None:
     name = next(name for name in tuned[1].tensors if name.startswith("unet.")).replace("to_k", "to_q")
     whole = replace(tuned[1], tensors=tuned[1].tensors | {name: tuned[1].tensors[name.replace("to_q", "to_k")]})
-    pipeline = tuned_base(tiny_model).pipeline
+    pipeline = tiny_base(tiny_model).pipeline
     if base_weights(pipeline)[name].shape != whole.tensors[name].shape:
         whole.tensors[name] = base_weights(pipeline)[name].clone()
     with pytest.raises(UserError, match="to_q.weight was tuned too, and only keys and values can be merged"):

@@ -21,7 +21,7 @@ from infer.refine.samples import RefineSamples
 from infer.refine.settings import RefineSettings
 from infer.refine.subject_images import VariationSettings
 from model.base_loading import SHIPPED
-from tests.infer.refine.tuned_cases import concept, tuned_base
+from tests.infer.refine.tiny_base import concept, tiny_base
 from tests.infer.tiny_model import TinyModel
 from tests.train.data.scene_shards import scene_shards
 
@@ -31,7 +31,7 @@ DRAWN = {"count": 3, "steps": 2, "batch_size": 2}
 
 @pytest.fixture(scope="module")
 def base(tiny_model: TinyModel) -> RefineBase:
-    return tuned_base(tiny_model)
+    return tiny_base(tiny_model)
 
 
 def opened(base: RefineBase, told: dict[str, Any], method: str = "dreambooth", *concepts: Any) -> Any:

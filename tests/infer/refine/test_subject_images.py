@@ -6,10 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_pipeline.errors import UserError
-from infer.refine.subject_images import VariationSettings, find_pictures, read_pictures, unlike_pictures, vary
+from infer.refine.method import Concept
+from infer.refine.samples import RefineSamples
+from infer.refine.subject_images import (
+    VariationSettings,
+    find_pictures,
+    read_pictures,
+    unlike_pictures,
+    vary,
+    with_captions,
+)
+from infer.refine.task import loss_weights
 from model.image_encoder import SubjectImageEncoder
 
 
@@ -130,3 +141,46 @@ def test_transparent_pixels_do_not_count(tmp_path: Path) -> None:
     pictures, _ = read_pictures([saved(Image.fromarray(rgba), tmp_path / "cut.png")], 64)
     varied = vary(pictures[0], VariationSettings(flip=0.0), np.random.default_rng(0))
     assert float(varied.valid[0, :32].max()) == 0 and float(varied.valid[0, 32:].min()) == 1
+
+
+def test_a_caption_beside_a_picture_takes_the_place_of_the_templates(tmp_path: Path) -> None:
+    for name, text in (("a", "a dog on the beach"), ("b", "the {} at night\n")):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "c.png")
+    pictures = with_captions(read_pictures(find_pictures([tmp_path]), 64)[0], "dog")
+    assert [picture.caption for picture in pictures] == ["a {} on the beach", "the {} at night", None]
+    samples = RefineSamples([Concept("z", "dog", "subject", pictures)], ["z dog"], ["a {}"], VariationSettings(), 0)
+    assert {samples[n].prompt for n in range(6)} == {"a z dog on the beach", "the z dog at night", "a z dog"}
+    (tmp_path / "c.txt").write_text("a sunny day", encoding="utf-8")
+    with pytest.raises(UserError, match=r"c.txt: 'a sunny day': expected the subject once, as {} or 'dog'"):
+        with_captions(pictures, "dog")
+
+
+def test_the_background_counts_as_much_as_asked(tmp_path: Path) -> None:
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:, :32] = 255
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, :32] = 255
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    Image.fromarray(mask).save(tmp_path / "a.mask.png")
+    assert find_pictures([tmp_path]) == [tmp_path / "a.png"]
+    (read,), _ = read_pictures([tmp_path / "a.png"], 64, tell_apart=True)
+    shown = vary(read, VariationSettings(flip=0.0, background_weight=0.25), np.random.default_rng(0))
+    assert torch.equal(shown.valid[0, :, :32], torch.ones(64, 32))
+    assert torch.equal(shown.valid[0, :, 32:], torch.full((64, 32), 0.25))
+    assert float(shown.pixels[:, :, 32:].max()) == 0.0  # it stays as it is
+    mirrored = vary(read, VariationSettings(flip=1.0, background_weight=0.25), np.random.default_rng(0))
+    assert torch.equal(mirrored.valid, shown.valid.flip(-1))
+    for size in (VariationSettings(shrink=1.0, background_weight=0.25), VariationSettings(enlarge=1.0, flip=0.0)):
+        resized = vary(read, size, np.random.default_rng(3)).valid
+        assert resized.shape == (1, 64, 64) and float(resized.max()) == 1.0
+    (whole,), _ = read_pictures([tmp_path / "a.png"], 64)
+    assert float(vary(whole, VariationSettings(background_weight=0.25), np.random.default_rng(0)).valid.min()) == 1.0
+
+
+def test_cells_of_the_latents_count_as_much_as_their_pixels() -> None:
+    valid = torch.zeros(1, 1, 4, 8)
+    valid[..., :2], valid[..., 2:4], valid[..., 4] = 1.0, 0.5, 1.0  # cells: full, half weight, half covered, none
+    valid[:, :, 2:, 4] = 0.0
+    assert loss_weights(valid, (2, 4)).tolist() == [[[[1.0, 0.5, 1.0, 0.0], [1.0, 0.5, 0.0, 0.0]]]]

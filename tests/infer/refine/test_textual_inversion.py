@@ -89,7 +89,7 @@ def test_the_loss_is_the_denoising_error_of_stock_networks_where_it_counts(tiny_
     module = METHOD.build(base, [concept()], TextualInversionSettings(num_vectors=2))
     with torch.no_grad():
         module.learned.each[0].static.rows.normal_(generator=torch.Generator().manual_seed(1))
-    batch = tiny_batch(["a z on the beach", "the dog is left of a z"])
+    batch = tiny_batch("a z on the beach", "the dog is left of a z")
     loss, metrics = module(batch, SampleDraws(5, 0, batch.numbers), 0)
 
     first, second = module.learned.ids.tolist()
@@ -109,7 +109,7 @@ def test_the_loss_is_the_denoising_error_of_stock_networks_where_it_counts(tiny_
 def test_only_the_rows_are_trained(tiny_model: TinyModel) -> None:
     base = tiny_base(tiny_model)
     module = METHOD.build(base, [concept()], TextualInversionSettings())
-    loss, _ = module(tiny_batch(["a z on the beach"]), SampleDraws(0, 0, [0]), 0)
+    loss, _ = module(tiny_batch("a z on the beach"), SampleDraws(0, 0, [0]), 0)
     loss.backward()
     assert [name for name, _ in module.named_parameters()] == ["learned.each.0.static.rows"]
     assert module.learned.each[0].static.rows.grad.abs().sum() > 0
@@ -125,7 +125,7 @@ def test_a_word_draws_from_its_file_what_it_drew_in_training(tiny_model: TinyMod
     again = tiny_base(tiny_model)
     install_refinements(again.pipeline, [file], again.name)
     assert torch.equal(again.pipeline.words.static_rows(), module.learned.static_rows())
-    assert torch.equal(drawn(again, "a z on the beach"), drawn(module.base, "a z on the beach"))
+    assert torch.equal(drawn(again.pipeline, "a z on the beach"), drawn(module.base.pipeline, "a z on the beach"))
 
 
 @pytest.mark.parametrize("vectors", [1, 3])

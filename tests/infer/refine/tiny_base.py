@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -16,11 +17,10 @@ from data_pipeline.toybox.archive import SubjectArchive
 from infer.pipeline import SubjectDiffusionPipeline
 from infer.refine.base import open_base
 from infer.refine.method import Concept, RefineBase, RefineBatch, RefineModule
-from infer.refine.prompts import SUBJECT_TEMPLATES
+from infer.refine.prompts import SUBJECT_TEMPLATES, templates_of
 from infer.refine.refinement import Refinement, read_refinement, write_refinement
 from infer.refine.samples import RefineSamples, collate
 from infer.refine.subject_images import SubjectPicture, VariationSettings
-from model.saving import base_fingerprint
 from tests.infer.tiny_model import TinyModel
 from train.draws import SampleDraws
 
@@ -28,18 +28,9 @@ SIZE = (8, 8)
 
 
 def tiny_base(model: TinyModel, plain: bool = False) -> RefineBase:
-    """A base of its own, frozen, so that a test may add words."""
-    pipeline = (
-        SubjectDiffusionPipeline.from_plain_base(str(model.base))
-        if plain
-        else SubjectDiffusionPipeline.from_pretrained(model.subject)
-    )
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet, pipeline.adapter, pipeline.image_encoder):
-        if part is not None:
-            part.requires_grad_(False).eval()
-    pipeline.set_progress_bar_config(disable=True)
-    fingerprint = base_fingerprint(pipeline.unet, pipeline.text_encoder)
-    return RefineBase(pipeline, "tiny", fingerprint, SUBJECT_TEMPLATES)
+    """A base of its own, frozen: a test may add words and change weights."""
+    opened = open_base(str(model.base if plain else model.subject), plain, "cpu", SUBJECT_TEMPLATES)
+    return replace(opened, name="tiny")
 
 
 def pictures(number: int = 2, size: int = 24) -> list[SubjectPicture]:
@@ -57,15 +48,39 @@ def concept(placeholder: str = "z", class_word: str = "dog") -> Concept:
     return Concept(placeholder, class_word, "subject", pictures())
 
 
-def tiny_batch(prompts: Sequence[str], prior: Sequence[bool] = (), placeholder: str = "z") -> RefineBatch:
-    """Random latents of which the left half counts; prompts name the concept by its placeholder."""
+def tiny_batch(*prompts: str, prior: Sequence[bool] = (), placeholder: str = "z", seed: int = 0) -> RefineBatch:
+    """Random latents of which the left half counts, a sample a prompt; prompts name the concept by its placeholder."""
     rows = len(prompts)
-    latents = torch.randn(rows, 4, *SIZE, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(rows, 4, *SIZE, generator=torch.Generator().manual_seed(seed))
     valid = torch.zeros(rows, 1, *SIZE)
     valid[..., :4] = 1
     named = tuple(prompt.replace(f" {placeholder} ", " dog ") for prompt in prompts)
     flags = torch.tensor(list(prior) or [False] * rows)
-    return RefineBatch(latents, valid, tuple(prompts), named, flags, tuple(range(rows)))
+    return RefineBatch(latents, valid, prompts, named, flags, tuple(range(rows)))
+
+
+def loss_of(module: RefineModule, samples: RefineBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    return module(samples, SampleDraws(0, 0, samples.numbers), 0)
+
+
+def tune(module: RefineModule, samples: RefineBatch, steps: int = 3, rate: float = 1e-2) -> list[float]:
+    """Train on one batch with one draw of noise; the losses."""
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=rate)
+    losses = []
+    for _ in range(steps):
+        loss, _ = loss_of(module, samples)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def refinement_of(method: str, module: RefineModule, *concepts: Concept, **options: object) -> Refinement:
+    """What the file would hold."""
+    told, base = module.words(), module.base
+    words = {c.placeholder: {"class_word": c.class_word, "kind": c.kind} | told[c.placeholder] for c in concepts}
+    return Refinement(method, base.name, base.fingerprint, words or told, module.tensors(), {"options": options})
 
 
 def embedding_of(base: RefineBase, *words: str) -> Tensor:
@@ -77,16 +92,17 @@ def embedding_of(base: RefineBase, *words: str) -> Tensor:
 
 def written_and_read(module: RefineModule, method: str, path: Path, **options: object) -> Refinement:
     """The module's file as `generate` reads it."""
-    base = module.base
-    made = Refinement(method, base.name, base.fingerprint, module.words(), module.tensors(), {"options": options})
-    write_refinement(made, path)
+    write_refinement(refinement_of(method, module, **options), path)
     return read_refinement(path)
 
 
-def drawn(base: RefineBase, prompt: str) -> Tensor:
+def drawn(pipeline: SubjectDiffusionPipeline, prompt: str) -> Tensor:
     """Latents of one picture, (1, C, h, w)."""
-    generator = torch.Generator().manual_seed(0)
-    images: Tensor = base.pipeline(prompt, num_inference_steps=2, generator=generator, output_type="latent").images
+    pipeline.set_progress_bar_config(disable=True)
+    images: Tensor = pipeline(
+        prompt, num_inference_steps=2, guidance="joint", output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
     return images
 
 
@@ -95,18 +111,24 @@ def toybox_base() -> RefineBase:
     return open_base("toybox", False, "cpu", SUBJECT_TEMPLATES)
 
 
-def toybox_concept(placeholder: str) -> Concept:
+def toybox_concept(placeholder: str, group: str = "Animals") -> Concept:
     """A subject that no shipped model was trained with."""
     archive = SubjectArchive()
-    subject = next(subject for subject in archive.of_split("heldout") if subject.group == "Animals")
+    subject = next(subject for subject in archive.of_split("heldout") if subject.group == group)
     rgba = cv2.resize(archive.cutout(subject.id), (64, 64), interpolation=cv2.INTER_AREA)
     return Concept(placeholder, subject.noun, "subject", [SubjectPicture(Path("toy.png"), rgba)])
 
 
-def losses_on_toybox(module: RefineModule, shown: Concept, learning_rate: float, steps: int) -> list[float]:
-    """The denoising error of each of `steps` steps on four samples that stay the same, noise and all."""
+def losses_on_toybox(
+    module: RefineModule, shown: Concept, learning_rate: float, steps: int, thing: str = ""
+) -> list[float]:
+    """The denoising error of each of `steps` steps on four samples that stay the same, noise and all.
+
+    Args:
+        thing: what the concept is called in prompts; by default its placeholder.
+    """
     vae = module.base.pipeline.vae
-    samples = RefineSamples([shown], [shown.placeholder], SUBJECT_TEMPLATES, VariationSettings(), 0)
+    samples = RefineSamples([shown], [thing or shown.placeholder], templates_of(shown.kind), VariationSettings(), 0)
     collated = collate([samples[number] for number in range(4)])
     with torch.no_grad():
         latents = vae.encode(collated.pixels * 2 - 1).latent_dist.mean * vae.config.scaling_factor
@@ -114,7 +136,7 @@ def losses_on_toybox(module: RefineModule, shown: Concept, learning_rate: float,
     batch = RefineBatch(
         latents, valid, collated.prompts, collated.class_prompts, collated.prior, collated.numbers
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(module.parameters(), learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], learning_rate, weight_decay=0.0)
     found = []
     for step in range(steps):
         loss, metrics = module(batch, SampleDraws(0, step, batch.numbers), step)

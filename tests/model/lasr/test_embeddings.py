@@ -71,7 +71,7 @@ def test_a_row_by_hand() -> None:
     normed = torch.tensor([2.0, 0.0, -1.0, -1.0]) / math.sqrt(1.5 + 1e-5)
     expected = (2 * normed + 0.25) / math.sqrt(4) + 3 * 0.1
     torch.testing.assert_close(made(coefficients)[1, 0], expected)
-    torch.testing.assert_close(made(coefficients[1], layer=1), made(coefficients)[1])
+    torch.testing.assert_close(made.of_all_layers().rows_of(1, coefficients[1]), made(coefficients)[1])
 
 
 def test_coefficients_start_at_the_normalised_weights_with_small_noise() -> None:
@@ -129,10 +129,11 @@ def test_an_adaptive_row_by_its_definition() -> None:
     features, time = torch.randn(2, 9, 8), torch.randn(2, 5)
     pooled = adaptive.pool(1, features, None, torch.zeros(2, WIDTH), attention=None)
     torch.testing.assert_close(pooled, features.mean(dim=1))
-    norm = nn.functional.layer_norm
-    z = torch.cat([norm(pooled, (8,)), norm(time[:, :4], (4,))], dim=1)  # half of 8 channels
+    for parameter in (*adaptive.feature_norms[1].parameters(), *adaptive.time_norms[1].parameters()):
+        nn.init.normal_(parameter)
+    z = torch.cat([adaptive.feature_norms[1](pooled), adaptive.time_norms[1](time[:, :4])], dim=1)  # half of 8 channels
     coefficients = (z @ adaptive.maps[1].weight.T + adaptive.maps[1].bias).view(2, 2, -1)
-    torch.testing.assert_close(adaptive(1, pooled, time), adaptive.basis(coefficients, layer=1))
+    torch.testing.assert_close(adaptive(1, pooled, time), adaptive.basis.of_all_layers().rows_of(1, coefficients))
     assert adaptive.time_norms[2].normalized_shape == (5,), "no more than the time embedding has"
 
 
