@@ -40,6 +40,7 @@ class Photo:
     name: str  # for messages: the file, or what rendered it
     open: Callable[[], Image.Image]  # RGB, or RGBA where alpha 0 is background
     mask: Callable[[], Image.Image] | None = None  # white is the subject
+    caption: str | None = None  # what it shows, with the subject's noun
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,7 @@ class EvaluatedSubject:
     photos: tuple[Photo, ...]  # the first `given` of them are what a method gets to see
     given: int = 1
     cutout: CutoutMethod = "auto"  # how the given photos lose their background
+    tuning: tuple[Photo, ...] = ()  # with their backgrounds, for methods that are tuned to the subject
 
     @cached_property
     def cutouts(self) -> list[Image.Image]:
@@ -66,8 +68,8 @@ class EvaluatedSubject:
 
     @property
     def others(self) -> tuple[Photo, ...]:
-        """Pictures that no method sees: for the copy index and the convention "against all references"."""
-        return self.photos[self.given :]
+        """Pictures that no method sees: for the copy index and real pictures."""
+        return tuple(photo for photo in self.photos[self.given :] if photo not in self.tuning)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +82,16 @@ class Case:
     prompt: str  # names each subject's word; no placeholder
     kind: str  # one of KINDS
     seed: int
-    subjects: tuple[EvaluatedSubject, ...]  # empty in part "class"
+    subjects: tuple[EvaluatedSubject, ...]  # empty in part "class", whose pictures show none in particular
     words: tuple[str, ...]  # what the prompt calls each subject
     boxes: tuple[Box, ...] | None = None  # where each subject is to stand, fractions; None: the method's choice
     truth: Any = None  # what only the protocol and metrics made for it know (toybox: `toybox_truth.Request`)
+    tuned_to: tuple[EvaluatedSubject, ...] = ()  # part "class": whom a tuned method has learnt, though none is named
+
+    @property
+    def prepared_for(self) -> tuple[EvaluatedSubject, ...]:
+        """The subjects that a method is to be ready for."""
+        return self.subjects or self.tuned_to
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 Kernel inception distance (Bińkowski et al., ICLR 2018, section 4): the unbiased squared MMD with the kernel
 (x . y / D + 1)^3, mean over subsets; here of DINO's features or, in the toybox, of the identity judge's codes.
-Unbiased: two sets of the same kind score 0 in the mean however few they are, and often less.
+Unbiased: two sets of the same kind score 0 in the mean however few they are, and often less. Both methods draw the same
+cases from the same noise, which would make pictures alike that no word made alike: each half of the one is compared
+with the other half of the other.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -52,22 +55,28 @@ def load_measure(settings: EvaluateSettings) -> Measure:
 
 
 def class_drift(pictures: Mapping[str, Sequence[Path]], settings: EvaluateSettings) -> dict[str, float]:
-    """KID of each method's class pictures against those of `settings.class_drift.against`.
+    """KID of each method's class pictures against those of `settings.class_drift.against`, mean of both halves.
 
     Args:
-        pictures: files by method; that other method's must be among them.
+        pictures: files by method, called after their cases; that other method's must be among them.
     Returns:
-        By method, without that other one and those with fewer than two pictures.
+        By method, without those with fewer than two pictures in a half; of that other one itself, between its own
+        halves: what chance makes of so few pictures.
     Raises:
         UserError: nothing to compare with, a damaged picture, or a network that cannot be loaded.
     """
     against = settings.class_drift.against
-    enough = {name: files for name, files in pictures.items() if len(files) >= 2}
+    cases = dict.fromkeys(file.stem for files in pictures.values() for file in files)
+    half = {case: number % 2 for number, case in enumerate(cases)}
+    halves = {name: [[f for f in files if half[f.stem] == part] for part in (0, 1)] for name, files in pictures.items()}
+    enough = {name: parts for name, parts in halves.items() if min(map(len, parts)) >= 2}
     if against not in enough:
-        raise UserError(f"class drift: fewer than two class pictures of {against!r}, which all are compared with")
+        raise UserError(f"class drift: fewer than four class pictures of {against!r}, which all are compared with")
     measure = load_measure(settings)
-    features = {name: measure.features(map(open_picture, files)) for name, files in enough.items()}
-    return {name: kid(found, features[against]) for name, found in features.items() if name != against}
+    features = {name: [measure.features(map(open_picture, files)) for files in parts] for name, parts in enough.items()}
+    return {
+        name: fmean(kid(own[part], features[against][1 - part]) for part in (0, 1)) for name, own in features.items()
+    }
 
 
 def kid(first: Tensor, second: Tensor, subset_size: int = SUBSET_SIZE, subsets: int = SUBSETS, seed: int = 0) -> float:

@@ -81,6 +81,8 @@ def _evaluate(run: EvaluateSettings, options: argparse.Namespace) -> int:
     told = f"evaluate {run.name}: {len(plan.methods)} rows, {asked:,} pictures, {asked - missing:,} of them there"
     if missing and not options.report:
         told += f"; about {estimate(plan, processes):.2g} hours on {processes} process(es)"
+        tuned = sum(method.kind == "refined" for method in plan.methods)
+        told += f", and the time for {tuned} rows to be tuned to each subject" if tuned else ""
     print(told, flush=True)
     if options.dry_run:
         _tell(plan.protocol.holes)

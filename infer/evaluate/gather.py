@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 import pandas
@@ -41,11 +41,12 @@ def gather(asked: Plan, holes: Sequence[str]) -> Results:
     shown = [m for m in plan_methods(asked.run) if m.name in known or store.picture_folder(m).is_dir()]
     plan = replace(asked, methods=tuple(shown))
     columns, scored_by = _columns(plan, lines)
-    rows, made = list[dict[str, Any]](), dict[str, list[Made]]()
+    rows, made = list[dict[str, Any]](), dict[str, list[list[Made]]]()
     for unit in plan.units():
         found = [(case, store.picture(unit.plan, case)) for case in unit.cases]
         there = [(case, one) for case, one in found if one is not None]
-        made.setdefault(unit.plan.name, []).extend(one for _, one in there)
+        if unit.cases[0].subjects:
+            made.setdefault(unit.plan.name, []).append([one for _, one in there])
         scores = _scores(store, unit, len(there), scored_by, lines)
         rows += [_row(store, unit, case, one, scores) for case, one in there]
     drift = _class_drift(plan, store, lines)
@@ -63,16 +64,22 @@ def gather(asked: Plan, holes: Sequence[str]) -> Results:
     )
 
 
-def _method_facts(method: MethodPlan, made: Sequence[Made]) -> MethodFacts:
+def _method_facts(method: MethodPlan, by_group: Sequence[Sequence[Made]]) -> MethodFacts:
+    """By group what is stored of a method; those of bare class words are none of these."""
+    made = [one for group in by_group for one in group]
+    models = {one.model for one in made}
+    ready = [made[0].prepared for made in by_group if made]
     return MethodFacts(
         name=method.name,
         kind=method.kind,
         bound=method.bound,
         settings=method.resolved(),
-        model=made[0].model if made else "",
+        model=models.pop() if len(models) == 1 else "",  # a method that is tuned has one for each subject
         sweep=method.sweep,
-        seconds_per_subject=fmean([one.prepare_seconds for one in made] or [0.0]),
-        bytes_per_subject=fmean([one.subject_bytes for one in made] or [0.0]),
+        pictures_per_subject=median([one.pictures for one in ready] or [0]),
+        seconds_per_subject=median([one.seconds for one in ready] or [0]),
+        memory_per_subject=median([one.memory_bytes for one in ready] or [0]),
+        bytes_per_subject=median([one.kept_bytes for one in ready] or [0]),
     )
 
 
@@ -141,13 +148,18 @@ def _class_drift(plan: Plan, store: Store, lines: list[str]) -> dict[str, float]
 
 
 def _references(plan: Plan, store: Store) -> dict[str, tuple[str, ...]]:
-    """PNGs of what the methods were given, by group; a subject without a usable photo has none."""
-    found = {}
+    """PNGs of what the methods were given, by group; a subject without a usable photo has none.
+
+    Where methods are tuned, the pictures that one subject was tuned with stand beside its cut-out; two have no room.
+    """
+    found, tuned = {}, any(method.kind == "refined" for method in plan.methods)
     for cases in plan.protocol.groups():
         try:
             cutouts = [cutout for subject in cases[0].subjects for cutout in subject.cutouts]
         except UserError:
             cutouts = []
+        if tuned and len(cases[0].subjects) == 1:
+            cutouts += [photo.open() for photo in cases[0].subjects[0].tuning]
         found[cases[0].group] = tuple(store.write_reference(cases[0].group, i, c) for i, c in enumerate(cutouts))
     return found
 

@@ -21,8 +21,11 @@ class MethodFacts:
     settings: dict[str, Any]  # resolved, JSON values
     model: str = ""  # fingerprint of the weights
     sweep: tuple[str, str, Any] | None = None  # sweep's name, key, value; None: a row of its own
-    seconds_per_subject: float = 0.0  # tuning or encoding before the first picture, mean over groups
-    bytes_per_subject: float = 0.0  # what is kept of a subject on disk, mean over groups
+    # Of getting ready for a subject (tuning it) before its first picture, medians over groups:
+    pictures_per_subject: float = 0.0  # that the method sees
+    seconds_per_subject: float = 0.0
+    memory_per_subject: float = 0.0  # bytes at the peak
+    bytes_per_subject: float = 0.0  # kept on disk
 
 
 @dataclass(frozen=True)

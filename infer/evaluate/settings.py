@@ -23,6 +23,7 @@ class ProtocolSettings(Settings):
     prompts: Path | None = None  # list of prompts by kind (YAML); null: the protocol's own
     subjects: tuple[str, ...] | int | None = None  # which by name, or how many of the first; null: all
     inputs: int = Field(1, ge=1)  # photos of a subject that a method gets to see, the first by name
+    tuning_photos: int = Field(0, ge=0)  # of a subject, with their backgrounds, for methods that are tuned to it
     input_photos: dict[str, str] = {}  # subject: file name of the photo to see first, where it is not the first by name
     seeds: int = Field(1, ge=0)  # pictures of each subject and prompt; 0: no part "single"
     pairs: tuple[tuple[str, str], ...] | int = 0  # two-subject cases: which, or how many
@@ -64,7 +65,8 @@ class EvaluateSettings(Settings):
     methods: dict[str, dict[str, Any]] = Field(min_length=1)  # name: {kind: …, settings of `methods/`}
     metrics: tuple[str, ...] = ("clip", "dino", "diversity")  # `metrics/`
     backbones: BackboneSettings = BackboneSettings()
-    crops: Literal["asked", "detected", "none"] = "detected"  # where crop-based scores look for a subject
+    crops: Literal["asked", "detected", "none"] = "detected"  # where scores of one subject look for it; detected: by a
+    # detector, in the toybox by its segmenter; none: no such scores, in the toybox as asked
     class_drift: ClassDriftSettings = ClassDriftSettings()
     sweeps: dict[str, SweepSettings] = {}
     batch_size: int = Field(16, ge=1)  # pictures of a group drawn at once

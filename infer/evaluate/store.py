@@ -16,18 +16,18 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from data_pipeline.errors import UserError
 from infer.evaluate.cases import Case, as_file_name
-from infer.evaluate.methods import Answer, MethodPlan
+from infer.evaluate.methods import Answer, MethodPlan, Prepared
 from infer.picture_file import PictureRecord, encode_picture, read_record
 from infer.subjects import Box
 
-_NUMBERS = ("seconds", "memory_bytes", "prepare_seconds", "subject_bytes")
+_NUMBERS = ("seconds", "memory_bytes")
 Scores = dict[str, dict[str, dict[str, float]]]  # metric: case: column: number
 
 
@@ -37,8 +37,7 @@ class Made:
 
     seconds: float  # of its batch, divided by the pictures in it
     memory_bytes: int  # peak, of the accelerator or else of the process
-    prepare_seconds: float  # tuning or encoding of its subjects before the first picture
-    subject_bytes: int  # kept on disk of its subjects
+    prepared: Prepared  # what the method needed for its subjects before that
     model: str  # fingerprint of the weights
     boxes: tuple[Box, ...] | None = None  # where its subjects stand, as far as the method knows
 
@@ -60,7 +59,7 @@ class Store:
         places: Sequence[Box | None] = answer.boxes or (None,) * len(case.subjects)
         described = [{"noun": word, "box": box} for word, box in zip(case.words, places, strict=False)]
         numbers = {name: getattr(made, name) for name in _NUMBERS}
-        settings = {"method": plan.resolved(), "made": numbers}
+        settings = {"method": plan.resolved(), "made": numbers | {"prepared": asdict(made.prepared)}}
         record = PictureRecord(case.prompt, case.seed, made.model, settings, described)
         _write(self.picture_path(plan, case), encode_picture(answer.picture, record))
 
@@ -76,9 +75,10 @@ class Store:
         try:
             record = read_record(path)
             made = {name: record.settings["made"][name] for name in _NUMBERS}
+            prepared = Prepared(**record.settings["made"]["prepared"])
             settings = record.settings["method"]
             places = [entry["box"] for entry in record.subjects]
-        except (UserError, KeyError):
+        except (UserError, KeyError, TypeError):
             return None
         now = plan.resolved()
         changed = [key for key in {**settings, **now} if settings.get(key) != now.get(key)]
@@ -90,7 +90,7 @@ class Store:
                 "output= or remove that method's folder"
             )
         boxes = None if None in places or not places else tuple(tuple(box) for box in places)
-        return Made(**made, model=record.model, boxes=boxes)
+        return Made(**made, prepared=prepared, model=record.model, boxes=boxes)
 
     def scores_path(self, plan: MethodPlan, group: str) -> Path:
         return self.folder / "scores" / as_file_name(plan.name) / f"{group}.json"

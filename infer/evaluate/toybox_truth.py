@@ -46,6 +46,15 @@ class Request:
     seed: int
 
 
+@dataclass(frozen=True)
+class TuningScene:
+    """A picture to tune a method with, and what its renderer knows of it."""
+
+    picture: np.ndarray  # (SIZE, SIZE, 3) uint8
+    mask: np.ndarray  # (SIZE, SIZE) uint8, 255 where the subject is
+    caption: str  # names the subject by its noun
+
+
 def held_out_subjects(archive: SubjectArchive, count: int) -> list[ToyboxSubject]:
     """The first held-out subjects in the archive's order, one a family."""
     seen: set[str] = set()
@@ -134,6 +143,32 @@ def request_picture(
         real=as_tensor(picture),
         seed=seed,
     )
+
+
+def tuning_scenes(
+    archive: SubjectArchive, subject: ToyboxSubject, asked: Sequence[Request], count: int, number: int
+) -> list[TuningScene]:
+    """Pictures of a subject to tune a method with, on none of the backgrounds asked for.
+
+    The first shows the very view that is given to those who see one picture, so that both can be caught copying it.
+
+    Args:
+        asked: the subject's requests.
+        number: of the subject in its list.
+    """
+    rng = np.random.default_rng((3, number))
+    used = {request.background for request in asked}
+    backgrounds = rng.permutation([name for name in BACKGROUNDS if name not in used])
+    pictures = []
+    for i in range(count):
+        ((centre, side),) = place(1, rng)
+        view = vary(archive.cutout(subject.id), rng, pixels=side * SIZE, degrees=15, hue=6)
+        placement = Placement(asked[0].references[0] if i == 0 else view, centre, side)
+        background = str(backgrounds[i % len(backgrounds)])
+        picture, (mask,) = compose([placement], background, int(rng.integers(BACKGROUND_POOL)), SIZE)
+        caption = f"{_with_article(subject.noun)} {BACKGROUNDS[background].phrases[0]}"
+        pictures.append(TuningScene(picture, mask.astype(np.uint8) * 255, caption))
+    return pictures
 
 
 def _with_article(noun: str) -> str:

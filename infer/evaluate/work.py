@@ -7,7 +7,6 @@ goes on.
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 import traceback
@@ -16,10 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
-
 from data_pipeline.errors import UserError
 from infer.evaluate.cases import Case, Protocol
+from infer.evaluate.costs import Costs
 from infer.evaluate.methods import Answer, Method, MethodPlan, create
 from infer.evaluate.metrics import Drawn, Metric, load_metric
 from infer.evaluate.settings import EvaluateSettings
@@ -131,20 +129,17 @@ class Worker:
         if not todo:
             return
         method = self._loaded(plan)
-        start = time.perf_counter()
-        size = method.prepare(unit.cases[0].subjects)
-        prepared = time.perf_counter() - start
+        self.tell("drawn", f"{plan.name}, {unit.group}", 0)
+        prepared = method.prepare(unit.cases[0].prepared_for)
         for batch in todo:
             for case in batch:
                 self._check_same_weights(plan, method, kept[case.id])
-            _reset_peak_memory()
-            start = time.perf_counter()
-            answers = method.draw(batch)
+            with Costs() as drawing:
+                answers = method.draw(batch)
             made = Made(
-                seconds=(time.perf_counter() - start) / len(batch),
-                memory_bytes=_peak_memory(),
-                prepare_seconds=prepared,
-                subject_bytes=size,
+                seconds=drawing.seconds / len(batch),
+                memory_bytes=drawing.memory_bytes,
+                prepared=prepared,
                 model=method.model,
             )
             missing = [(case, answer) for case, answer in zip(batch, answers, strict=True) if kept[case.id] is None]
@@ -206,15 +201,3 @@ class Worker:
 
 def _drawn(cases: Sequence[Case], answers: Sequence[Answer]) -> list[Drawn]:
     return [Drawn(case, answer.picture, answer.boxes) for case, answer in zip(cases, answers, strict=True)]
-
-
-def _reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_memory() -> int:
-    """Bytes: of the accelerator since the reset, else of this process since it started."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

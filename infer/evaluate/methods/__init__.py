@@ -2,7 +2,7 @@
 
 BOUND                       whether it limits what others can reach, rather than compete
 MethodSettings              its settings, all that decides its pictures
-answers(case) -> bool       whether it has an answer to cases of this sort; nothing is loaded for that
+answers(case, settings)     whether it has an answer to cases of this sort; nothing is loaded for that
 create(settings, run)       loads a `Method`
 """
 
@@ -27,6 +27,7 @@ KINDS = {
     "plain_base": "infer.evaluate.methods.plain_base",
     "copied_reference": "infer.evaluate.methods.copied_reference",
     "real_render": "infer.evaluate.methods.real_render",
+    "refined": "infer.evaluate.methods.refined",
 }
 
 
@@ -38,13 +39,23 @@ class Answer:
     boxes: tuple[Box, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a method needed to get ready for its subjects, a subject; maybe in a run before this one."""
+
+    pictures: int = 0  # of the subject that it sees
+    seconds: float = 0.0
+    memory_bytes: int = 0  # at the peak
+    kept_bytes: int = 0  # on disk, of the subject
+
+
 class Method(Protocol):
     """Answers cases with pictures; the same case always with the same one."""
 
-    model: str  # fingerprint of the weights; "" without any
+    model: str  # fingerprint of the weights that it draws with now; "" without any
 
-    def prepare(self, subjects: Sequence[EvaluatedSubject]) -> int:
-        """Get ready to draw these subjects (tune, encode); bytes on disk that are kept of them."""
+    def prepare(self, subjects: Sequence[EvaluatedSubject]) -> Prepared:
+        """Get ready to draw these subjects (tune, encode); may change `model`."""
         ...
 
     def draw(self, cases: Sequence[Case]) -> list[Answer]:
@@ -68,7 +79,7 @@ class MethodPlan:
         """Whether the method has an answer to cases of this sort."""
         if case.part == "class" and not self.class_words:
             return False
-        return bool(import_module(KINDS[self.kind]).answers(case))
+        return bool(import_module(KINDS[self.kind]).answers(case, self.settings))
 
     def resolved(self) -> dict[str, Any]:
         """All settings as JSON values."""

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from data_pipeline.settings import Settings
 from infer.evaluate.cases import Case, EvaluatedSubject
-from infer.evaluate.methods import Answer
+from infer.evaluate.methods import Answer, Prepared
 from infer.evaluate.settings import EvaluateSettings
 from infer.subjects import Box
 from model.reference import FILL, prepare_reference
@@ -34,8 +34,8 @@ class CopiedReference:
     def __init__(self, settings: MethodSettings) -> None:
         self.size = settings.size
 
-    def prepare(self, subjects: Sequence[EvaluatedSubject]) -> int:
-        return 0
+    def prepare(self, subjects: Sequence[EvaluatedSubject]) -> Prepared:
+        return Prepared(pictures=1)
 
     def draw(self, cases: Sequence[Case]) -> list[Answer]:
         return [self._answer(case.subjects) for case in cases]
@@ -50,7 +50,7 @@ class CopiedReference:
         return Answer(photo, ((0.0, 0.0, 1.0, 1.0),) * len(subjects))
 
 
-def answers(case: Case) -> bool:
+def answers(case: Case, settings: MethodSettings) -> bool:
     return bool(case.subjects)
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from data_pipeline.settings import Settings
 from infer.drawing import Precision, SchedulerName, sampler, torch_dtype, usable_device
 from infer.evaluate.cases import Case, EvaluatedSubject
-from infer.evaluate.methods import Answer
+from infer.evaluate.methods import Answer, Prepared
 from infer.evaluate.settings import EvaluateSettings
 from infer.loading import hush_libraries, load_base
 from model.saving import base_fingerprint
@@ -40,8 +40,8 @@ class PlainBase:
         self.settings = settings
         self.pipeline, self.own_scheduler, self.model = _pipeline(settings.base, device, precision)
 
-    def prepare(self, subjects: Sequence[EvaluatedSubject]) -> int:
-        return 0
+    def prepare(self, subjects: Sequence[EvaluatedSubject]) -> Prepared:
+        return Prepared()
 
     def draw(self, cases: Sequence[Case]) -> list[Answer]:
         self.pipeline.scheduler = sampler(self.own_scheduler, self.settings.scheduler)
@@ -65,7 +65,7 @@ def _pipeline(base: str, device: str, precision: Precision) -> tuple[StableDiffu
     return pipeline, pipeline.scheduler, base_fingerprint(pipeline.unet, pipeline.text_encoder)
 
 
-def answers(case: Case) -> bool:
+def answers(case: Case, settings: MethodSettings) -> bool:
     return True
 
 

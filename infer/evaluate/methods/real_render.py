@@ -13,7 +13,7 @@ from data_pipeline.settings import Settings
 from infer.drawing import usable_device
 from infer.evaluate.backbones import as_picture
 from infer.evaluate.cases import Case, EvaluatedSubject
-from infer.evaluate.methods import Answer
+from infer.evaluate.methods import Answer, Prepared
 from infer.evaluate.settings import EvaluateSettings
 from infer.loading import hush_libraries, load_base
 from train.pictures import to_uint8
@@ -35,8 +35,8 @@ class RealRender:
     def __init__(self, vae: AutoencoderKL | None) -> None:
         self.vae = vae
 
-    def prepare(self, subjects: Sequence[EvaluatedSubject]) -> int:
-        return 0
+    def prepare(self, subjects: Sequence[EvaluatedSubject]) -> Prepared:
+        return Prepared()
 
     def draw(self, cases: Sequence[Case]) -> list[Answer]:
         pictures = [_real(case) for case in cases]
@@ -62,7 +62,7 @@ def _real(case: Case) -> Image.Image:
     return as_picture(others[case.seed % len(others)])
 
 
-def answers(case: Case) -> bool:
+def answers(case: Case, settings: MethodSettings) -> bool:
     return case.truth is not None or (len(case.subjects) == 1 and bool(case.subjects[0].others))
 
 

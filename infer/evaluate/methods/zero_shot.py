@@ -11,7 +11,7 @@ from pydantic import Field
 
 from infer.drawing import DrawSettings, Precision, open_pipeline, sampler
 from infer.evaluate.cases import Case, EvaluatedSubject
-from infer.evaluate.methods import Answer
+from infer.evaluate.methods import Answer, Prepared
 from infer.evaluate.settings import EvaluateSettings
 from infer.pipeline import SubjectDiffusionPipeline
 from infer.subjects import MAX_STRENGTH, Subject
@@ -34,8 +34,8 @@ class ZeroShot:
         opened = _pipeline(settings.model, settings.base, device, precision)
         self.pipeline, self.own_scheduler, self.model = opened
 
-    def prepare(self, subjects: Sequence[EvaluatedSubject]) -> int:
-        return 0
+    def prepare(self, subjects: Sequence[EvaluatedSubject]) -> Prepared:
+        return Prepared(pictures=max((one.given for one in subjects), default=0) if self.settings.references else 0)
 
     def draw(self, cases: Sequence[Case]) -> list[Answer]:
         subjects = [self._subjects(case) for case in cases]
@@ -69,7 +69,7 @@ def _pipeline(
     return pipeline, pipeline.scheduler, pipeline.fingerprint()
 
 
-def answers(case: Case) -> bool:
+def answers(case: Case, settings: MethodSettings) -> bool:
     return True
 
 

@@ -1,7 +1,8 @@
 """What only the toybox can know: whether the very subject was drawn, at its place, on the background asked for.
 
 Two judges, trained apart from all they judge (`judges.py`), and the truth of each request (`toybox_truth.py`).
-Identity is looked for where the method says its subjects stand; place and background are held against what was asked.
+Identity is looked for where the method says its subjects stand or, with `crops: detected`, where the segmenter sees
+things: for methods that cannot be told places. Place and background are held against what was asked.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from statistics import fmean
 import numpy as np
 import torch
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from data_pipeline.errors import UserError
@@ -27,6 +29,7 @@ from infer.evaluate.scores import found_first, placement
 from infer.evaluate.settings import EvaluateSettings
 from infer.evaluate.toybox_truth import GALLERY, SIZE, BackgroundJudge, Galleries, Request, held_out_subjects
 from infer.loading import SHIPPED
+from infer.subjects import Box
 from model.reference import prepare_reference
 from train.data.scenes import as_tensor
 
@@ -80,8 +83,13 @@ def judge_name(judges: Path | None) -> str:
 class ToyboxMetric:
     """Scores pictures of cases whose `truth` is a `Request`."""
 
-    def __init__(self, truth: ToyboxTruth, name: str) -> None:
-        self.truth = truth
+    def __init__(self, truth: ToyboxTruth, name: str, detected: bool = False) -> None:
+        """
+        Args:
+            name: of the judges, written beside the numbers.
+            detected: look for subjects where the segmenter sees them, whatever the method says.
+        """
+        self.truth, self.detected = truth, detected
         self.columns = (
             Column(
                 "identity",
@@ -120,22 +128,31 @@ class ToyboxMetric:
         masks = self.truth.judges.subject_masks(pictures)  # (N, SIZE, SIZE)
         for (row, one), picture, mask in zip(judged, pictures, masks, strict=True):
             request: Request = one.case.truth
-            row |= self._identity(picture, one, request)
-            row["placement"] = placement(request.boxes, boxes_of_things(mask))
+            things = boxes_of_things(mask)
+            row |= self._identity(picture, request, things if self.detected else one.places or request.boxes)
+            row["placement"] = placement(request.boxes, things)
             recognised = self.truth.backgrounds.name(picture, request.boxes)
             row["background"] = float(recognised == request.background)
         return rows
 
-    def _identity(self, picture: Tensor, one: Drawn, request: Request) -> dict[str, float]:
-        boxes = torch.tensor(one.places or request.boxes)  # (S, 4)
-        codes = self.truth.judges.describe(picture.expand(len(boxes), -1, -1, -1), boxes)  # (S, D)
+    def _identity(self, picture: Tensor, request: Request, places: Sequence[Box]) -> dict[str, float]:
+        """Scores of the subjects at the first so many places; one that has none is missing and scores 0."""
         galleries = self.truth.galleries(request)
-        identity = [float(code @ gallery[0]) for code, gallery in zip(codes, galleries, strict=True)]
-        given = (codes * self.truth.given(request)).sum(dim=1).tolist()
+        count = min(len(places), len(galleries))
+        if not count:
+            return {"identity": 0.0, "found": 0.0}
+        boxes = torch.tensor(places[:count])  # (P, 4)
+        codes = self.truth.judges.describe(picture.expand(count, -1, -1, -1), boxes)  # (P, D)
+        alike = torch.stack([gallery[0] for gallery in galleries]) @ codes.T  # (S, P)
+        # Things that were seen come without names: each subject is the one that it is most like, all in all.
+        shown = linear_sum_assignment(alike, maximize=True) if self.detected else (range(count), range(count))
+        pairs = [(int(subject), int(place)) for subject, place in zip(*shown, strict=True)]
+        given = self.truth.given(request)  # (S, D)
+        found = [found_first(codes[place], galleries[subject]) for subject, place in pairs]
         return {
-            "identity": fmean(identity),
-            "found": float(all(found_first(code, gallery) for code, gallery in zip(codes, galleries, strict=True))),
-            "identity_copy": fmean(given) - fmean(identity),
+            "identity": sum(float(alike[pair]) for pair in pairs) / len(galleries),
+            "found": float(all(found) and len(found) == len(galleries)),
+            "identity_copy": fmean(float(given[s] @ codes[p] - alike[s, p]) for s, p in pairs),
         }
 
 
@@ -152,4 +169,5 @@ def create(settings: EvaluateSettings, protocol: Protocol) -> ToyboxMetric:
         raise UserError(
             f"it can judge only protocol.kind=toybox, not {settings.protocol.kind}; leave it out of metrics"
         )
-    return ToyboxMetric(load_truth(settings.backbones.judges), judge_name(settings.backbones.judges))
+    truth, name = load_truth(settings.backbones.judges), judge_name(settings.backbones.judges)
+    return ToyboxMetric(truth, name, settings.crops == "detected")

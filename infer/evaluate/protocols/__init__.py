@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from infer.evaluate.cases import Case, Protocol, as_file_name
+from infer.evaluate.cases import Case, Protocol
 from infer.evaluate.protocols.crossing import seed_of
 from infer.evaluate.protocols.photos import RESERVED
 from infer.evaluate.protocols.prompts import with_article
@@ -29,13 +29,16 @@ def load_protocol(settings: ProtocolSettings) -> Protocol:
 
 
 def class_cases(protocol: Protocol, images: int) -> tuple[Case, ...]:
-    """Bare class words ("a dog"), spread evenly over the protocol's nouns: what methods do without any subject."""
-    nouns = list(dict.fromkeys(subject.noun for case in protocol.cases for subject in case.subjects))
+    """Bare class words ("a dog"), spread evenly over the protocol's subjects: what methods do without any of them.
+
+    A method that is tuned draws each with the subject that it was tuned to, whose word is left out.
+    """
+    subjects = list(dict.fromkeys(subject for case in protocol.cases for subject in case.subjects))
     cases = []
-    for i, noun in enumerate(nouns):
-        group = f"{RESERVED}--{as_file_name(noun)}"
-        for number in range(images // len(nouns) + (i < images % len(nouns))):
+    for i, subject in enumerate(subjects):
+        group, prompt = f"{RESERVED}--{subject.id}", with_article(subject.noun)
+        for number in range(images // len(subjects) + (i < images % len(subjects))):
             case_id = f"{group}--{number}"
             seed = seed_of(case_id)
-            cases.append(Case(case_id, group, "class", with_article(noun), "new scene", seed, subjects=(), words=()))
+            cases.append(Case(case_id, group, "class", prompt, "new scene", seed, (), (), tuned_to=(subject,)))
     return tuple(cases)

@@ -85,9 +85,10 @@ def subject_of_photos(
         return None
     if len(photos) < settings.inputs:
         holes.append(f"subject {name}: inputs={settings.inputs}, but it has {len(photos)} photo(s)")
-    return EvaluatedSubject(
-        subject_id(name), noun, tuple(photos), given=min(settings.inputs, len(photos)), cutout=settings.cutout
-    )
+    # One photo is held back from tuning, so that there is one to compare with that nobody saw.
+    tuning = tuple(photos[: max(1, min(settings.tuning_photos, len(photos) - 1))]) if settings.tuning_photos else ()
+    given = min(settings.inputs, len(photos))
+    return EvaluatedSubject(subject_id(name), noun, tuple(photos), given, settings.cutout, tuning)
 
 
 def subject_id(name: str) -> str:

@@ -33,6 +33,7 @@ from infer.evaluate.toybox_truth import (
     request_of_pair,
     request_picture,
     requests_of_subject,
+    tuning_scenes,
 )
 from infer.subjects import Subject, match_nouns
 
@@ -123,7 +124,17 @@ class _World:
                 Photo(f"{thing.name}, render {i}", partial(Image.fromarray, request.references[0]))
                 for i, request in enumerate(asked)
             )
-            subject = EvaluatedSubject(name, thing.noun, photos, self.settings.inputs, self.settings.cutout)
+            scenes = tuning_scenes(self.archive, thing, asked, self.settings.tuning_photos, self.numbers[name])
+            tuning = tuple(
+                Photo(
+                    f"{thing.name}, scene {i}",
+                    partial(Image.fromarray, scene.picture),
+                    partial(Image.fromarray, scene.mask),
+                    scene.caption,
+                )
+                for i, scene in enumerate(scenes)
+            )
+            subject = EvaluatedSubject(name, thing.noun, photos, self.settings.inputs, self.settings.cutout, tuning)
             self._seen[name] = subject, asked
         return self._seen[name]
 

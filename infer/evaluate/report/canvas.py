@@ -87,4 +87,3 @@ def _cost(box: Rectangle, covered: Sequence[Rectangle], frame: Rectangle) -> flo
 
 def _overlap(a: Rectangle, b: Rectangle) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-

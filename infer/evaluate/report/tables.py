@@ -60,12 +60,15 @@ class Row:
         return float(self.table["memory_bytes"].max()) if self.pictures else nan
 
     @property
-    def costs(self) -> tuple[str, str, str, str]:
+    def costs(self) -> tuple[str, ...]:
         """In the order of `COSTS`."""
         if not self.pictures:
-            return (wording.NONE,) * 4
-        kept = (wording.seconds(self.facts.seconds_per_subject), wording.size(self.facts.bytes_per_subject))
-        return wording.seconds(self.seconds), wording.size(self.memory), *kept
+            return (wording.NONE,) * len(COSTS)
+        facts = self.facts
+        drawing = (wording.seconds(self.seconds), wording.size(self.memory), f"{facts.pictures_per_subject:g}")
+        told = ((wording.seconds, facts.seconds_per_subject), (wording.size, facts.memory_per_subject))
+        tuning = (*told, (wording.size, facts.bytes_per_subject))
+        return *drawing, *(say(value) if value else wording.NONE for say, value in tuning)
 
     @property
     def missing(self) -> str:
@@ -78,7 +81,7 @@ class Row:
 
 
 HOLES_AT_ONCE = 10  # lines; the page folds the rest away
-COSTS = ("s a picture", "peak memory", "s a subject", "kept a subject")
+COSTS = ("s a picture", "peak memory", "photos seen", "tuning a subject", "its peak memory", "its file")
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,8 +185,8 @@ def _part_table(results: Results, part: str) -> PartTable:
 
 
 def differences(table: PartTable) -> dict[str, dict[str, Comparison]]:
-    """Every other row minus the first one, by row and column; {} where the first one has nothing."""
-    if not table.rows or not table.rows[0].pictures:
+    """Every other row minus the first one, by row and column; {} where the first one has nothing, or no number."""
+    if not table.rows or not table.rows[0].pictures or not table.columns:
         return {}
     first = table.rows[0]
     return {

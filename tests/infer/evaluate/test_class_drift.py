@@ -75,11 +75,12 @@ def test_a_single_feature_is_refused() -> None:
         kid(features(1), features(5))
 
 
-def files(folder: Path, seeds: range) -> list[Path]:
+def files(folder: Path, cases: range, of: range | None = None) -> list[Path]:
+    """Pictures of those cases, drawn from the seeds `of`; None: from the cases' numbers."""
     folder.mkdir()
     paths = []
-    for seed in seeds:
-        paths.append(folder / f"{seed}.png")
+    for number, seed in zip(cases, of or cases, strict=True):
+        paths.append(folder / f"{number}.png")
         picture(seed).save(paths[-1])
     return paths
 
@@ -93,13 +94,23 @@ def measured(tmp_path: Path) -> EvaluateSettings:
 
 
 def test_methods_are_compared_with_the_one_that_is_named(measured: EvaluateSettings, tmp_path: Path) -> None:
-    base, ours = files(tmp_path / "base", range(6)), files(tmp_path / "ours", range(6, 10))
-    drift = class_drift({"plain base": base, "ours": ours, "same": base[::-1], "few": ours[:1]}, measured)
+    base, ours = files(tmp_path / "base", range(6)), files(tmp_path / "ours", range(6), of=range(6, 12))
+    drift = class_drift({"plain base": base, "ours": ours, "few": ours[:3]}, measured)
     dino = load_dino(str(measured.backbones.dino), "cpu")
-    expected = kid(*(dino.features([picture(seed) for seed in seeds]) for seeds in (range(6, 10), range(6))))
-    assert set(drift) == {"ours", "same"} and drift["ours"] == pytest.approx(expected, rel=1e-4)
-    assert drift["same"] < 0 < drift["ours"]  # unbiased: the very same pictures are nearer than chance
+    base_halves, own_halves = (
+        [dino.features([picture(seed) for seed in range(first, last, 2)]) for first in (start, start + 1)]
+        for start, last in ((0, 6), (6, 12))
+    )
+    expected = (kid(own_halves[0], base_halves[1]) + kid(own_halves[1], base_halves[0])) / 2
+    assert set(drift) == {"plain base", "ours"} and drift["ours"] == pytest.approx(expected, rel=1e-4)
+    assert drift["plain base"] == pytest.approx(kid(*base_halves), rel=1e-4)
     assert load_measure(measured).backbone == "dino"
+
+
+def test_pictures_of_the_same_noise_are_not_praised_for_being_alike(measured: EvaluateSettings, tmp_path: Path) -> None:
+    base, same = files(tmp_path / "base", range(6)), files(tmp_path / "same", range(6))
+    drift = class_drift({"plain base": base, "same": same}, measured)
+    assert drift["same"] == drift["plain base"]
 
 
 def test_the_toybox_is_measured_by_its_identity_judge(tmp_path: Path) -> None:
@@ -108,13 +119,13 @@ def test_the_toybox_is_measured_by_its_identity_judge(tmp_path: Path) -> None:
     codes = measure.features(picture(seed) for seed in range(3))
     assert measure.backbone == "toybox judges"
     torch.testing.assert_close(codes.square().mean(dim=1), torch.ones(3))  # of length sqrt(D)
-    drift = class_drift({"plain base": files(tmp_path / "a", range(3)), "ours": files(tmp_path / "b", range(3))}, asked)
-    assert list(drift) == ["ours"]
+    drift = class_drift({"plain base": files(tmp_path / "a", range(4)), "ours": files(tmp_path / "b", range(4))}, asked)
+    assert list(drift) == ["plain base", "ours"]
 
 
 def test_nothing_to_compare_with_and_damaged_pictures_are_told(measured: EvaluateSettings, tmp_path: Path) -> None:
-    some = files(tmp_path / "some", range(3))
-    with pytest.raises(UserError, match="class drift: fewer than two class pictures of 'plain base'"):
+    some = files(tmp_path / "some", range(4))
+    with pytest.raises(UserError, match="class drift: fewer than four class pictures of 'plain base'"):
         class_drift({"ours": some}, measured)
     some[1].write_bytes(some[1].read_bytes()[:60])
     with pytest.raises(UserError, match=r"1\.png: damaged"):

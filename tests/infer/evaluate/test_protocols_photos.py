@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from data_pipeline.errors import UserError
 from infer.evaluate.cases import Protocol
 from infer.evaluate.protocols import class_cases, load_protocol
+from infer.evaluate.protocols.prompts import with_article
 from infer.evaluate.settings import ProtocolSettings
 from tests.infer.evaluate.photo_folders import CLASSES, write_dreambench, write_openimages, write_photo
 
@@ -340,13 +342,30 @@ def test_class_words_are_spread_evenly_and_keep_their_seeds(dreambench: Path) ->
     cases = class_cases(protocol, 10)
     assert len(cases) == 10 == len({case.seed for case in cases})
     assert {case.part for case in cases} == {"class"}
-    assert {case.group for case in cases} == {
-        f"class--{noun}" for noun in ("backpack", "cat", "glasses", "stuffed_animal")
-    }
-    counts = [
-        sum(case.prompt == prompt for case in cases)
-        for prompt in ("a backpack", "a cat", "glasses", "a stuffed animal")
+    assert [subject.id for case in cases for subject in case.tuned_to] == [
+        case.group.removeprefix("class--") for case in cases
     ]
-    assert counts == [3, 3, 2, 2]
-    fewer = {case.id: case.seed for case in class_cases(load("dreambench", dreambench, subjects=("cat",)), 3)}
+    subjects = {subject.id: subject.noun for case in protocol.cases for subject in case.subjects}
+    assert {case.group: case.prompt for case in cases} == {
+        f"class--{name}": with_article(noun) for name, noun in subjects.items()
+    }
+    assert sorted(Counter(case.group for case in cases).values(), reverse=True) == [3, 3, 2, 2]
+    fewer = {case.id: case.seed for case in class_cases(load("dreambench", dreambench, subjects=("cat",)), 2)}
     assert fewer.items() <= {case.id: case.seed for case in cases}.items()
+
+
+def test_photos_to_tune_from_are_no_others_and_one_is_held_back(tmp_path: Path, prompts: Path) -> None:
+    for i in range(4):
+        write_photo(tmp_path / "cat" / f"{i}.png")
+    write_photo(tmp_path / "dog.png")
+
+    def tuned(photos: int) -> dict[str, tuple[int, int]]:
+        protocol = load("folder", tmp_path, prompts=prompts, tuning_photos=photos)
+        subjects = {subject.id: subject for case in protocol.cases for subject in case.subjects}
+        for subject in subjects.values():
+            assert not {photo.name for photo in subject.tuning} & {photo.name for photo in subject.others}
+        return {name: (len(subject.tuning), len(subject.others)) for name, subject in subjects.items()}
+
+    assert tuned(0) == {"cat": (0, 3), "dog": (0, 0)}
+    assert tuned(2) == {"cat": (2, 2), "dog": (1, 0)}
+    assert tuned(5) == {"cat": (3, 1), "dog": (1, 0)}

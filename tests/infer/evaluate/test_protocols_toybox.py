@@ -17,8 +17,9 @@ from infer.evaluate.methods import plan_methods
 from infer.evaluate.protocols import load_protocol
 from infer.evaluate.protocols.toybox import in_another_colour
 from infer.evaluate.settings import EvaluateSettings, ProtocolSettings
-from infer.evaluate.toybox_truth import held_out_subjects, pair_requests, single_requests
+from infer.evaluate.toybox_truth import SIZE, BackgroundJudge, held_out_subjects, pair_requests, single_requests
 from infer.subjects import Subject, match_nouns
+from train.data.scenes import as_tensor
 
 CONFIGS = sorted(Path("configs/eval").glob("*.yaml"))
 KINDS = Path("configs/eval/prompts/toybox.yaml")
@@ -37,13 +38,13 @@ def kinds() -> Protocol:
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_configuration_loads_with_its_methods(file: Path) -> None:
     run = load_settings(EvaluateSettings, [file], [])
-    assert run.protocol.kind == file.stem
+    assert run.protocol.kind == file.stem.removeprefix("refine_")
     assert run.protocol.prompts is None or run.protocol.prompts.exists()
     assert len(plan_methods(run)) >= len(run.methods)
 
 
 def test_there_is_a_configuration_of_every_protocol() -> None:
-    assert [file.stem for file in CONFIGS] == ["dreambench", "folder", "openimages", "toybox"]
+    assert [file.stem for file in CONFIGS] == ["dreambench", "folder", "openimages", "refine_toybox", "toybox"]
 
 
 def test_the_dreambench_configuration_names_thirty_pairs_of_different_subjects() -> None:
@@ -153,3 +154,17 @@ def test_a_template_that_cannot_be_true_is_told(tmp_path: Path, text: str) -> No
     file.write_text(text if text.startswith("object") else f"object: {{relation: ['a {{}} {{place}}']}}\n{text}")
     with pytest.raises(UserError, match="prompts.yaml: .* tells where one subject is"):
         load_protocol(ProtocolSettings(kind="toybox", subjects=2, pairs=1, prompts=file))
+
+
+def test_scenes_to_tune_from_are_on_backgrounds_that_no_case_asks_for() -> None:
+    more, fewer = (load_protocol(ProtocolSettings(kind="toybox", subjects=2, tuning_photos=count)) for count in (4, 2))
+    archive, judge = SubjectArchive(), BackgroundJudge()
+    for cases, same in zip(more.groups(), fewer.groups(), strict=True):
+        subject = cases[0].subjects[0]
+        scenes = [np.array(photo.open()) for photo in subject.tuning]
+        assert [scene.shape for scene in scenes] == [(SIZE, SIZE, 3)] * 4 and len(subject.others) == 3
+        assert all(np.array_equal(a, b.open()) for a, b in zip(scenes, same[0].subjects[0].tuning, strict=False))
+        asked = {case.truth.background for case in cases}
+        assert len(asked) == 4 and not asked & {judge.name(as_tensor(scene), ()) for scene in scenes}
+        thing = archive.cutout(cases[0].truth.subjects[0].id)
+        assert thing.shape[-1] == 4 and len({scene.tobytes() for scene in scenes}) == 4

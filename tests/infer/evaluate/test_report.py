@@ -110,7 +110,7 @@ def test_the_numbers_of_the_markdown_table_are_means_of_subjects(results: Result
     # With two subjects the interval reaches from the one to the other, and ± is half of it.
     assert found[""][:3] == ["DINO ↑", "copy index ↓", "CLIP-T ↑"]
     assert found["ours"] == [
-        "**0.400 ± 0.200**", "0.200 ± 0.100", "**0.400 ± 0.200**", "0.5 s", "2 MB", "0.25 s", "0 B"
+        "**0.400 ± 0.200**", "0.200 ± 0.100", "**0.400 ± 0.200**", "0.5 s", "2 MB", "4", "0.25 s", "3 MB", "9 kB"
     ]  # fmt: skip
     assert found["ours, no boxes \\<b>"][:3] == ["0.200 ± 0.000", "**0.100 ± 0.000**", "0.200 ± 0.000"]
     assert found["*plain base* (bound)"][0] == "0.500 ± 0.400"  # the highest, but no contender

@@ -14,13 +14,11 @@ from PIL import Image
 
 from data_pipeline.errors import UserError
 from infer.evaluate.cases import Case, EvaluatedSubject, Photo
-from infer.evaluate.methods import Answer, MethodPlan
+from infer.evaluate.methods import Answer, MethodPlan, Prepared
 from infer.evaluate.methods.copied_reference import MethodSettings
 from infer.evaluate.store import Made, Store
 
-MADE = Made(
-    seconds=0.5, memory_bytes=7, prepare_seconds=1.5, subject_bytes=9, model="abc", boxes=((0.0, 0.0, 0.5, 1.0),)
-)
+MADE = Made(seconds=0.5, memory_bytes=7, prepared=Prepared(4, 1.5, 8, 9), model="abc", boxes=((0.0, 0.0, 0.5, 1.0),))
 
 
 @pytest.fixture

@@ -32,7 +32,15 @@ def protocol() -> Protocol:
 
 @pytest.fixture(scope="module")
 def metric(protocol: Protocol) -> ToyboxMetric:
-    made = load_metric("toybox", settings(protocol={"kind": "toybox"}), protocol)
+    made = load_metric("toybox", settings(protocol={"kind": "toybox"}, crops="asked"), protocol)
+    assert isinstance(made, ToyboxMetric)
+    return made
+
+
+@pytest.fixture(scope="module")
+def looking(protocol: Protocol) -> ToyboxMetric:
+    """Looks where the segmenter sees things."""
+    made = load_metric("toybox", settings(protocol={"kind": "toybox"}, crops="detected"), protocol)
     assert isinstance(made, ToyboxMetric)
     return made
 
@@ -95,6 +103,29 @@ def test_a_copied_reference_is_looked_for_where_it_stands(protocol: Protocol, me
     told, silent = metric.score([Drawn(one, copied(one), (FRAME,)), Drawn(one, copied(one))])
     assert told["identity"] + told["identity_copy"] == pytest.approx(1, abs=0.01)  # the reference is like itself
     assert told["identity"] > silent["identity"]
+
+
+def test_subjects_are_found_where_the_segmenter_sees_them_in_whatever_order(
+    protocol: Protocol, looking: ToyboxMetric
+) -> None:
+    nowhere = ((0.0, 0.0, 0.1, 0.1), (0.9, 0.9, 1.0, 1.0))
+    rows = looking.score([Drawn(one, real(one), nowhere[: len(one.subjects)]) for one in protocol.cases])
+    for name, least in (("identity", 0.5), ("found", 0.75), ("placement", 0.85)):
+        assert sum(row[name] for row in rows) / len(rows) > least, name
+    pair = protocol.cases[-1]
+    assert rows[-1]["identity"] > 0.6
+    swapped = replace(pair.truth, subjects=pair.truth.subjects[::-1], references=pair.truth.references[::-1])
+    (turned,) = looking.score([Drawn(replace(pair, truth=swapped), real(pair))])
+    assert turned["identity"] == pytest.approx(rows[-1]["identity"], abs=1e-6)
+
+
+def test_a_subject_that_is_not_seen_scores_nothing(protocol: Protocol, looking: ToyboxMetric) -> None:
+    single, pair = protocol.cases[0], protocol.cases[-1]
+    grey = Image.new("RGB", (64, 64), (127, 127, 127))
+    (empty,) = looking.score([Drawn(single, grey)])
+    assert (empty["identity"], empty["found"]) == (0.0, 0.0) and "identity_copy" not in empty
+    alone, own = looking.score([Drawn(pair, real(single)), Drawn(single, real(single))])
+    assert alone["found"] == 0.0 and alone["identity"] == pytest.approx(own["identity"] / 2, abs=1e-5)
 
 
 def test_a_larger_picture_is_judged_at_the_size_of_the_toybox(protocol: Protocol, metric: ToyboxMetric) -> None:

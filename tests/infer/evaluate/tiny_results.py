@@ -94,7 +94,9 @@ def _facts(name: str, bound: bool, sweep: tuple[str, str, Any] | None = None) ->
     if sweep:
         settings[sweep[1]] = sweep[2]
     drawn = name not in ("copied reference", "real render")
-    return MethodFacts(name, name.replace(" ", "_"), bound, settings, "3f2a" * 4 if drawn else "", sweep, 0.25, 0.0)
+    return MethodFacts(
+        name, name.replace(" ", "_"), bound, settings, "3f2a" * 4 if drawn else "", sweep, 4, 0.25, 3e6, 9e3
+    )
 
 
 def _rows(
