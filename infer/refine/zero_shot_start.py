@@ -25,7 +25,7 @@ Start = Literal["words", "zero_shot"]
 def zero_shot_vector(base: RefineBase, concept: Concept) -> Tensor:
     """What generation would put at `<subject>` for these pictures: (D,) float32 on the CPU.
 
-    Opaque pictures are cut out as `generate` does, those of a style are looked at whole.
+    Pictures are cut out by what tells their subject apart, else as `generate` does; those of a style are seen whole.
 
     Raises:
         UserError: a base without such a prediction; a picture in which no subject stands out.
@@ -41,7 +41,13 @@ def zero_shot_vector(base: RefineBase, concept: Concept) -> Tensor:
         )
     method: CutoutMethod = "none" if concept.kind == "style" else "auto"
     cutouts = [
-        cut_out(Image.fromarray(picture.rgba), method=method, name=str(picture.path)) for picture in concept.pictures
+        cut_out(
+            Image.fromarray(picture.rgba),
+            mask=None if picture.subject is None else Image.fromarray(picture.subject),
+            method=method,
+            name=str(picture.path),
+        )
+        for picture in concept.pictures
     ]
     request = PictureRequest(concept.class_word, subjects=(Subject(concept.class_word, cutouts),))
     inputs = build_inputs([request], pipeline.tokenizer, encoder, pipeline.reference_features)
