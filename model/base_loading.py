@@ -6,6 +6,7 @@ starts from them and the pipeline draws with them. Every failure is one line tha
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,13 +67,15 @@ def load_base_networks(name: str | Path, dtype: torch.dtype) -> tuple[UNet2DCond
 
 
 def locate(name: str | Path, part: Part) -> Path | str:
-    """Folder, shipped folder, or the hub id of a full folder that can be reached.
+    """Folder, shipped folder, or the hub id of a full folder that can be reached; the base of trained parts is theirs.
 
     Raises:
         ModelLoadingError: nothing of that name.
     """
     what = _what(part)
     folder = Path(name).expanduser()
+    if folder.is_dir() and part == "base" and (folder / MANIFEST).exists():
+        return locate(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["base"], part)
     if folder.is_dir():
         return folder
     shipped = SHIPPED / str(name) / part

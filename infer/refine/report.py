@@ -7,7 +7,6 @@ much of a score is a copy: `subject-diffusion evaluate`, which holds pictures ba
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,8 +87,7 @@ def _comparison(settings: RefineSettings, file: Path, folder: Path) -> EvaluateS
     if not styles and (parts or not settings.plain):
         methods["zero-shot"] = {"kind": "zero_shot", **model}
     if parts or settings.plain:  # a subject model that was saved whole does not bring its base
-        base = json.loads((parts / MANIFEST).read_text(encoding="utf-8"))["base"] if parts else settings.model
-        methods["plain base"] = {"kind": "plain_base", "base": base, **drawn}
+        methods["plain base"] = {"kind": "plain_base", "base": settings.model, **drawn}
     photos = _copy_photos(settings, folder / "photos")
     prompts = asked.prompts or _write_prompts(folder / "prompts.yaml", STYLE_PROMPTS if styles else SUBJECT_PROMPTS)
     return EvaluateSettings.model_validate(

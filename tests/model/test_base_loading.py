@@ -18,6 +18,12 @@ def test_a_folder_comes_before_a_shipped_model_of_its_name(tmp_path: Path, monke
     assert locate("toybox", "base") == Path("toybox")
 
 
+def test_the_base_of_trained_parts_is_the_one_they_name(tmp_path: Path) -> None:
+    (tmp_path / "subject_model.json").write_text('{"base": "toybox"}', encoding="utf-8")
+    assert locate(tmp_path, "base") == SHIPPED / "toybox" / "base"
+    assert locate(tmp_path, "subject") == tmp_path
+
+
 def test_a_base_and_its_networks_alone_are_the_same_weights() -> None:
     whole = load_base("toybox")
     unet, text_encoder = load_base_networks("toybox", torch.float32)
