@@ -109,6 +109,10 @@ class RefineMethod(Protocol):
         """What a concept is called in prompts: "z", or "z dog"."""
         ...
 
+    def joins(self, settings: Any) -> bool:
+        """Whether files of two runs with these settings can be used together."""
+        ...
+
     def build(self, base: RefineBase, concepts: Sequence[Concept], settings: Any) -> RefineModule:
         """A module at its start.
 

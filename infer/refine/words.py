@@ -49,6 +49,9 @@ class WordMethod:
     def thing(self, concept: Concept, settings: Any) -> str:
         return concept.placeholder
 
+    def joins(self, settings: Any) -> bool:
+        return True
+
     def install(self, pipeline: SubjectDiffusionPipeline, refinements: Sequence[Refinement]) -> None:
         """Words are all that these methods learn, and `install_refinements` puts in those of all methods at once."""
 

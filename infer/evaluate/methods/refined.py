@@ -34,6 +34,7 @@ from infer.evaluate.settings import EvaluateSettings
 from infer.pipeline import SubjectDiffusionPipeline
 from infer.refine.command import refine
 from infer.refine.install import install_refinements
+from infer.refine.methods import load_method
 from infer.refine.refinement import Refinement, read_refinement, rename_placeholders
 from infer.refine.settings import RefineSettings
 from infer.refine.subject_images import MASK
@@ -42,7 +43,6 @@ from infer.subjects import Subject, match_nouns
 
 BOUND = False
 PLACEHOLDERS = ("z", "y")  # what the first and the second subject of a prompt are called
-ALONE = ("dreambooth",)  # methods whose files cannot be used two at a time
 PREVIEW = {"preview_prompts": ["{}"], "preview_steps": 10}  # hardly any: the time of tuning is to be its own
 NOT_DECIDING = {"concepts", "output", "runs_dir", "report", "workers", "device"}  # keys that change no picture
 
@@ -224,7 +224,10 @@ def _tuning(said: dict[str, Any], files: Sequence[Path] = ()) -> RefineSettings:
 
 
 def answers(case: Case, settings: MethodSettings) -> bool:
-    return bool(case.prepared_for) and not (case.part == "pair" and settings.refine.get("method") in ALONE)
+    if case.part != "pair" or not settings.refine:
+        return bool(case.prepared_for)
+    tuned = _tuning(settings.refine)
+    return load_method(tuned.method).joins(method_settings(tuned))
 
 
 def create(settings: MethodSettings, run: EvaluateSettings) -> Refined:

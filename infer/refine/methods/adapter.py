@@ -178,6 +178,9 @@ class AdapterMethod:
     def thing(self, concept: Concept, settings: Any) -> str:
         return identified_thing(concept)
 
+    def joins(self, settings: Any) -> bool:
+        return True
+
     def build(self, base: RefineBase, concepts: Sequence[Concept], settings: AdapterSettings) -> AdapterModule:
         """No concepts: the task of pairs."""
         try:

@@ -113,6 +113,9 @@ class CrossAttentionMethod(ABC):
     def thing(self, concept: Concept, settings: Any) -> str:
         return f"{concept.placeholder} {concept.class_word}"
 
+    def joins(self, settings: CrossAttentionSettings) -> bool:
+        return settings.parts == "kv"  # the merge in closed form knows no others
+
     def build(
         self, base: RefineBase, concepts: Sequence[Concept], settings: CrossAttentionSettings
     ) -> CustomDiffusionModule:

@@ -77,6 +77,9 @@ class DreamBooth:
     def thing(self, concept: Concept, settings: Any) -> str:
         return f"{concept.placeholder} {concept.class_word}"
 
+    def joins(self, settings: Any) -> bool:
+        return False
+
     def build(self, base: RefineBase, concepts: Sequence[Concept], settings: DreamBoothSettings) -> DreamBoothModule:
         """No concepts: the task of pairs."""
         tokens = choose_tokens(base.pipeline.tokenizer, settings.identifier, len(concepts)) if concepts else []

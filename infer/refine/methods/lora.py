@@ -111,6 +111,9 @@ class LoraMethod:
     def thing(self, concept: Concept, settings: Any) -> str:
         return identified_thing(concept)
 
+    def joins(self, settings: Any) -> bool:
+        return True
+
     def build(self, base: RefineBase, concepts: Sequence[Concept], settings: LoraSettings) -> LoraModule:
         """No concepts: fine-tuning on pairs."""
         return LoraModule(base, identified_words(base, concepts, settings), settings)

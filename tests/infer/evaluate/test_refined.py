@@ -126,9 +126,11 @@ def test_class_words_are_drawn_with_the_tuned_weights_and_without_the_word(confi
         assert (np.abs(drawn(tuned, word) - before).max() > 2) == drifts
 
 
-def test_a_method_whose_files_replace_all_weights_has_no_answer_to_pairs(configure: Configure) -> None:
+def test_methods_whose_files_cannot_be_joined_have_no_answer_to_pairs(configure: Configure) -> None:
     pair = case("a dog and a cat", DOG, CAT)
     assert plan_of(configure("lora")).answers(pair) and not plan_of(configure("dreambooth")).answers(pair)
+    for parts, joins in (("kv", True), ("whole", False)):  # the closed form merges keys and values
+        assert plan_of(configure("custom-diffusion", options={"parts": parts})).answers(pair) == joins
 
 
 def test_what_a_subject_is_called_takes_the_place_of_its_word() -> None:
