@@ -70,7 +70,8 @@ class Output:
             write_bytes(self.storage, "settings.yaml", settings_text(self.settings).encode())
 
     def end(self) -> None:
-        """All that was asked for is done."""
+        """All that was asked for is done; what a killed run's last processes left since `begin` goes too."""
+        clean_leftovers(self.folder)
         if self.redo:
             self._write("redo.json", {"number": self.redo_number(), "stage": None})
 
