@@ -6,7 +6,8 @@
 
 What one table compares runs in one process, turn about; ratios are of medians. Beside each bar stands met or MISSED.
 
-    loop    `refine` at toybox size against forward, backward and optimiser on the same batches in memory
+    loop    `refine` at toybox size against forward, backward and optimiser on the same batches in memory; pictures
+            that a method asks for in a new size each time go through the autoencoder in both
     layers  seconds of a cross-attention layer's own context, LASR's modes against one plain text-encoder call; at
             toybox size and at SD 2.1's text encoder (random weights), whose UNet only lends its shapes
     score   what fast mode loses: denoising error of a tuned word along the steps of a generation, in both modes
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -149,7 +150,10 @@ def steps_of_refine(settings: RefineSettings) -> list[Step]:
 
 
 def steps_of_bare_loop(settings: RefineSettings) -> list[Step]:
-    """Forward, backward and optimiser alone on the batches of `steps_of_refine`, which lie ready in memory."""
+    """Forward, backward and optimiser alone on the batches of `steps_of_refine`, which lie ready in memory.
+
+    Pictures in a new size are part of the method, in the published code too: they are encoded here, all in one call.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     own = method_settings(settings)
     run = run_settings(settings, own)
@@ -159,16 +163,29 @@ def steps_of_bare_loop(settings: RefineSettings) -> list[Step]:
     module, size = task.module, own.batch_size
     optimizer = build_optimizer(module, run.optimizer)
     numbers = [range(step * size, (step + 1) * size) for step in range(own.steps)]
-    batches = [task.batch(task.collate([task.dataset[number] for number in each])) for each in numbers]
+    collated = [task.collate([task.dataset[number] for number in each]) for each in numbers]
+    batches = [task.batch(each) for each in collated]
     readings = []
-    for step, batch in enumerate(batches):
+    for step, (batch, pictures) in enumerate(zip(batches, collated, strict=True)):
         turns.wait_for(device)
-        readings.append(Step(time.perf_counter(), 0.0, time.process_time()))
+        wall, processor = time.perf_counter(), time.process_time()
+        if pictures.resized.any():
+            fresh = encoded(task.base.pipeline.vae, pictures.pixels[pictures.resized].to(device))
+            batch.latents[pictures.resized] = fresh
+            turns.wait_for(device)
+        readings.append(Step(wall, time.process_time() - processor, processor))
         loss, _ = module(batch, SampleDraws(run.seed, step, numbers[step]), step)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return _between(readings)
+
+
+@torch.no_grad()
+def encoded(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Pictures (N, 3, S, S), 0..1 -> scaled latents (N, C, h, w)."""
+    latents: Tensor = vae.encode(pixels * 2 - 1).latent_dist.mean * vae.config.scaling_factor
+    return latents
 
 
 def _between(readings: Sequence[Step]) -> list[Step]:

@@ -26,6 +26,8 @@ class ToyboxSource(Settings):
     max_subjects: int = Field(4, ge=0, le=8)
     references: tuple[int, int] = (1, 3)  # fewest and most references a subject
     procedural_share: float = Field(0.4, ge=0, le=1)  # share of subjects that are procedural or recoloured
+    group_share: float = Field(0.6, ge=0, le=1)  # share of subjects that captions call by a group word (animal, thing)
+    colour_share: float = Field(0.25, ge=0, le=1)  # share of captions that name a colour
 
 
 class EntityFilters(Settings):

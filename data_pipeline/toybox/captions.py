@@ -1,7 +1,7 @@
 """Captions of toybox scenes: true places and relations, and no more about a subject than its reference must give.
 
-The colour is named in at most a third of the captions, and the noun gives way to its group word (animal, fruit,
-vehicle, toy, thing …) for at least half of the entities, so that the text alone cannot draw the subject.
+Unless told otherwise, a quarter of the captions names a colour, and the noun gives way to its group word (animal, fruit,
+vehicle, toy, thing …) for more than half of the entities, so that the text alone cannot draw the subject.
 """
 
 from __future__ import annotations
@@ -66,15 +66,27 @@ def colour_name(rgba: np.ndarray) -> str:
     return next(name for limit, name in _HUES.items() if hue < limit)
 
 
-def write_caption(mentions: Sequence[Mention], background: str, rng: Generator) -> Caption:
-    """A caption of the entities, in their order, on a background."""
+def write_caption(
+    mentions: Sequence[Mention],
+    background: str,
+    rng: Generator,
+    *,
+    group_share: float = GROUP_SHARE,
+    colour_share: float = COLOUR_SHARE,
+) -> Caption:
+    """A caption of the entities, in their order, on a background.
+
+    Args:
+        group_share: chance of each entity, 0..1, that its group word stands for its noun.
+        colour_share: chance of the caption, 0..1, that it names the colour of one of them.
+    """
     place = BACKGROUNDS[background]
     if not mentions:
         return Caption(
             str(rng.choice([place.alone, f"a picture of {place.alone}", f"nothing but {place.alone}"])), (), ()
         )
-    nouns = [m.group_word if rng.random() < GROUP_SHARE else m.noun for m in mentions]
-    coloured = int(rng.integers(len(mentions))) if rng.random() < COLOUR_SHARE else -1
+    nouns = [m.group_word if rng.random() < group_share else m.noun for m in mentions]
+    coloured = int(rng.integers(len(mentions))) if rng.random() < colour_share else -1
     phrases = [_phrase(nouns, i, mentions[i].colour if i == coloured else "") for i in range(len(nouns))]
     where = str(rng.choice(place.phrases))
     if len(mentions) == 1:

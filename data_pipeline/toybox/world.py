@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipeline.toybox.archive import SubjectArchive, ToyboxSubject
 from data_pipeline.toybox.backgrounds import BACKGROUNDS, paint_background
-from data_pipeline.toybox.captions import Mention, colour_name, write_caption
+from data_pipeline.toybox.captions import COLOUR_SHARE, GROUP_SHARE, Mention, colour_name, write_caption
 from data_pipeline.toybox.procedural import procedural_subject, recolour
 
 Generator = np.random.Generator
@@ -78,6 +78,8 @@ class ToyboxWorld:
         max_subjects: int = 4,
         references: tuple[int, int] = (1, 3),
         procedural_share: float | None = None,
+        group_share: float = GROUP_SHARE,
+        colour_share: float = COLOUR_SHARE,
         archive: SubjectArchive | None = None,
     ) -> None:
         """A world is a function of its arguments: equal arguments, equal scenes.
@@ -88,6 +90,8 @@ class ToyboxWorld:
             min_subjects: fewest in a scene, `max_subjects` the most (at most 12).
             references: fewest and most references of a subject.
             procedural_share: share of subjects that are procedural or recoloured; None: 0.4 in train, else 0.
+            group_share: share of subjects that captions call by their group word.
+            colour_share: share of captions that name a colour.
             archive: where the cut-outs come from, the packaged one by default.
         Raises:
             ValueError: an argument is out of its range.
@@ -105,13 +109,16 @@ class ToyboxWorld:
             raise ValueError(f"references={references}: expected (fewest, most) with 1 <= fewest <= most")
         if procedural_share is None:
             procedural_share = PROCEDURAL_SHARE if split == "train" else 0.0
-        if not 0 <= procedural_share <= 1:
-            raise ValueError(f"procedural_share={procedural_share}: expected a share from 0 to 1")
+        given = {"procedural_share": procedural_share, "group_share": group_share, "colour_share": colour_share}
+        for name, share in given.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}={share}: expected a share from 0 to 1")
         self.seed, self.size, self.reference_size = seed, size, reference_size
         self.references, self.procedural_share = references, procedural_share
-        shares = np.zeros(max_subjects + 1)
-        shares[min_subjects:] = [*SUBJECT_SHARES, *[0.04] * (MAX_SUBJECTS - 4)][min_subjects : max_subjects + 1]
-        self.shares = shares / shares.sum()
+        self.group_share, self.colour_share = group_share, colour_share
+        counts = np.zeros(max_subjects + 1)
+        counts[min_subjects:] = [*SUBJECT_SHARES, *[0.04] * (MAX_SUBJECTS - 4)][min_subjects : max_subjects + 1]
+        self.shares = counts / counts.sum()
 
     def scene(self, index: int) -> ToyboxScene:
         """Scene `index` (any integer)."""
@@ -133,7 +140,9 @@ class ToyboxWorld:
             Mention(s.noun, s.group_word, colour_name(c), tuple(v / self.size for v in box))  # type: ignore[arg-type]
             for (s, c), box in zip((subjects[i] for i in visible), truths, strict=True)
         ]
-        caption = write_caption(mentions, background, rng)
+        caption = write_caption(
+            mentions, background, rng, group_share=self.group_share, colour_share=self.colour_share
+        )  # fmt: skip
         entities = []
         for position, i in enumerate(visible):
             subject, cutout = subjects[i]

@@ -185,4 +185,4 @@ def _child(run: EvaluateSettings, scope: Scope, number: int, told: Queue[tuple[s
     try:
         Worker(run, plan.protocol, plan.methods, lambda *event: told.put(event)).work(go_on)
     except KeyboardInterrupt:
-        pass  # the parent says so
+        raise SystemExit(130) from None  # the parent says so

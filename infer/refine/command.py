@@ -52,7 +52,8 @@ def refine(settings: Any) -> Path:
     Returns:
         The file.
     Raises:
-        UserError: any mistake in the settings or the pictures, or a signal that came; what was learnt before it stays.
+        UserError: any mistake in the settings or the pictures.
+        KeyboardInterrupt: a signal came; what was learnt before it stays.
     """
     from infer.refine.task import RefineTask, method_settings
     from train.engine.processes import Processes
@@ -71,7 +72,8 @@ def refine(settings: Any) -> Path:
     if Processes.from_environment().index > 0:
         return Path(settings.output)
     if not tasks[0].exported:
-        raise UserError(f"{settings.output}: not written, a signal came first; the same command goes on from there")
+        # No error that a caller with more to do would note and pass over.
+        raise KeyboardInterrupt(f"{settings.output}: not written, a signal came first; the same command goes on there")
     size = settings.output.stat().st_size / 1e6
     minutes = (time.monotonic() - began) / 60
     print(f"{settings.method}: {minutes:.1f} min, {size:.3g} MB; previews in {run.folder / 'validation'}")

@@ -80,7 +80,7 @@ class PairSamples(Dataset[RefineSample]):
         index = int(np.random.default_rng((seed, turn, 1)).permutation(len(self.pairs))[position])
         shown = vary(self.picture(index), self.variation, np.random.default_rng((seed, number)))
         text = self.pairs[index].text
-        return RefineSample(shown.pixels, shown.valid, text, text, False, number)
+        return RefineSample(shown.pixels, shown.valid, text, text, False, number, shown.resized)
 
     def check_pictures(self) -> list[str]:
         """Read every picture once: what they lose by being made square, by file.

@@ -39,6 +39,7 @@ class RefineSample:
     class_prompt: str
     prior: bool
     number: int
+    resized: bool  # see `VariedPicture`
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class CollatedSamples:
     class_prompts: tuple[str, ...]
     prior: Tensor  # (B,) bool
     numbers: tuple[int, ...]
+    resized: Tensor  # (B,) bool
 
 
 class RefineSamples(Dataset[RefineSample]):
@@ -83,14 +85,14 @@ class RefineSamples(Dataset[RefineSample]):
             known = self.regularisation[which]
             picture, caption = known[index % len(known)]
             shown = vary(picture, VariationSettings(flip=self.variation.flip), rng)
-            return RefineSample(shown.pixels, shown.valid, caption, caption, True, number)
+            return RefineSample(shown.pixels, shown.valid, caption, caption, True, number, shown.resized)
         concept = self.concepts[which]
         picture = self._picture(concept, index)
         shown = vary(picture, self.variation, rng)
         template = picture.caption or draw_template(self.templates, rng)
         prompt = fill(template, self.things[which], shown.size_words)
         class_prompt = fill(template, concept.class_word, shown.size_words)
-        return RefineSample(shown.pixels, shown.valid, prompt, class_prompt, False, number)
+        return RefineSample(shown.pixels, shown.valid, prompt, class_prompt, False, number, shown.resized)
 
     def _picture(self, concept: Concept, index: int) -> SubjectPicture:
         """Each picture once a pass, every pass in an order of its own."""
@@ -108,4 +110,5 @@ def collate(samples: Sequence[RefineSample]) -> CollatedSamples:
         tuple(sample.class_prompt for sample in samples),
         torch.tensor([sample.prior for sample in samples]),
         tuple(sample.number for sample in samples),
+        torch.tensor([sample.resized for sample in samples]),
     )

@@ -62,6 +62,7 @@ class VariedPicture:
     pixels: Tensor  # (3, S, S) float32 in 0..1
     valid: Tensor  # (1, S, S) float32 in 0..1, how much the loss counts
     size_words: str  # "", or words that tell how large the subject is: "very small "
+    resized: bool  # whether the picture comes in a size that it will hardly come in again
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
@@ -162,12 +163,13 @@ def vary(picture: SubjectPicture, settings: VariationSettings, rng: np.random.Ge
     if rng.random() < settings.flip:
         layers = layers[:, ::-1]
     chance, words = rng.random(), ""
+    resized = chance < settings.shrink + settings.enlarge
     if chance < settings.shrink:
         share = rng.uniform(settings.shrink_to, 1.0)
         layers = _shrunk(layers, share, rng)
         if share < 0.6:
             words = str(rng.choice(["far away ", "very small "]))
-    elif chance < settings.shrink + settings.enlarge:
+    elif resized:
         layers = _enlarged(layers, rng.uniform(*settings.enlarge_to), rng)
         words = str(rng.choice(["zoomed in ", "close up "]))
     parts = torch.from_numpy(np.ascontiguousarray(layers)).permute(2, 0, 1).float() / 255  # (4 or 5, S, S)
@@ -175,7 +177,7 @@ def vary(picture: SubjectPicture, settings: VariationSettings, rng: np.random.Ge
     pixels = colour * valid + (MID_GREY / 255) * (1 - valid)
     if len(subject):
         valid = valid * torch.lerp(torch.tensor(settings.background_weight), torch.tensor(1.0), subject)
-    return VariedPicture(pixels, valid, words if settings.say_size else "")
+    return VariedPicture(pixels, valid, words if settings.say_size else "", resized)
 
 
 def _mask(file: Path, picture: Image.Image) -> Image.Image:

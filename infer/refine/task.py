@@ -96,25 +96,36 @@ class RefineTask:
         return collate(items)
 
     def batch(self, collated: CollatedSamples) -> RefineBatch:
-        latents = torch.cat([self._encoded(pixels) for pixels in collated.pixels])  # (B, C, h, w)
+        latents = self._latents_of(collated)  # (B, C, h, w)
         valid = loss_weights(collated.valid, latents.shape[-2:]).to(self.device)
         return RefineBatch(
             latents, valid, collated.prompts, collated.class_prompts,
             collated.prior.to(self.device), collated.numbers,
         )  # fmt: skip
 
+    def _latents_of(self, collated: CollatedSamples) -> Tensor:
+        """(B, C, h, w). The resized pictures of a batch go through the autoencoder together, the others each by itself.
+
+        Those come again and again and are kept. Encoded among others their last bits would depend on which of them were
+        kept already, and a resumed run would part from its past.
+        """
+        fresh = iter(self._encoded(collated.pixels[collated.resized]) if collated.resized.any() else ())
+        each = zip(collated.pixels, collated.resized.tolist(), strict=True)
+        return torch.stack([next(fresh) if resized else self._kept(pixels[None])[0] for pixels, resized in each])
+
     @torch.no_grad()
     def _encoded(self, pixels: Tensor) -> Tensor:
-        """Latents (1, C, h, w) of a picture (3, S, S); the few that a subject has come again and again.
+        """Scaled latents (N, C, h, w) of pictures (N, 3, S, S), 0..1."""
+        vae = self.base.pipeline.vae
+        posterior = vae.encode(pixels.to(self.device, vae.dtype) * 2 - 1).latent_dist
+        return (posterior.mean * vae.config.scaling_factor).float()
 
-        Each by itself: in a batch its last bits would depend on the others, and a resumed run would part from its past.
-        """
+    def _kept(self, pixels: Tensor) -> Tensor:
+        """Of a picture (1, 3, S, S), encoded the first time that it comes."""
         key = hashlib.sha256(pixels.numpy().tobytes()).digest()
         latents = self._latents.pop(key, None)
         if latents is None:
-            vae = self.base.pipeline.vae
-            scaled = pixels[None].to(self.device, vae.dtype) * 2 - 1
-            latents = (vae.encode(scaled).latent_dist.mean * vae.config.scaling_factor).float()
+            latents = self._encoded(pixels)
         self._latents[key] = latents
         if len(self._latents) > LATENTS_KEPT:
             self._latents.popitem(last=False)

@@ -48,7 +48,7 @@ STEPS, WINDOWS = 5, 3  # of a window, of a run
 SD_ROUNDS = 3  # of the full-size autoencoder, at most: 15 seconds each on one core
 LIVE_BATCH = 8  # where scenes are rendered and encoded in every step
 PAIRS = REPOSITORY / "configs" / "data" / "toybox_pairs.yaml"
-SHARDS, SCENES_A_SHARD, SHARD_SIDE = 2, 64, 128
+SHARDS, SCENES_A_SHARD, SHARD_SIDE = 2, 128, 128
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def bench_wait(options: argparse.Namespace, changes: Mapping[str, Any] = NONE) -
     with _folder() as folder:
         with redirect_stdout(sys.stderr):
             build_shards(folder / "shards")
-        common: dict[str, Any] = {"batch_size": LIVE_BATCH, "data.cache_scenes": 0, "data.workers": 2, **changes}
+        common: dict[str, Any] = {"data.cache_scenes": 0, "data.workers": 2, **changes}
         shards = {"rendered": {"folder": str(folder / "shards"), "filters": {"min_area": 0.02}}}
         of_shards = {"data.shards": shards, "data.scratch": folder / "scratch", "name": "bench/shards"}
         settings = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -94,12 +95,14 @@ def test_a_users_mistake_ends_with_status_2_and_an_interrupt_with_130(capsys: py
     def mistaken(argv: object) -> int:
         raise UserError("dog.png: no picture; give a PNG")
 
-    def interrupted(argv: object) -> int:
-        raise KeyboardInterrupt
+    def interrupted(argv: Sequence[str] | None) -> int:
+        raise KeyboardInterrupt(*(argv or ()))
 
     assert run_command(mistaken) == 2
     assert capsys.readouterr().err == "error: dog.png: no picture; give a PNG\n"
-    assert run_command(interrupted) == 130
+    assert run_command(interrupted, []) == 130 and capsys.readouterr().err == "interrupted\n"
+    assert run_command(interrupted, ["z.png: not written"]) == 130
+    assert capsys.readouterr().err == "interrupted: z.png: not written\n"
 
 
 def test_a_section_of_another_kind_starts_anew(tmp_path: Path) -> None:

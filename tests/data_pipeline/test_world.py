@@ -166,6 +166,7 @@ def test_a_recoloured_subject_is_another_one_of_the_same_noun(archive: SubjectAr
         ({"references": (0, 2)}, "references=\\(0, 2\\): expected"),
         ({"references": (3, 2)}, "references=\\(3, 2\\): expected"),
         ({"procedural_share": 1.5}, "procedural_share=1.5: expected a share"),
+        ({"colour_share": -0.1}, "colour_share=-0.1: expected a share"),
     ],
 )
 def test_a_world_that_cannot_be_is_refused(arguments: dict[str, Any], message: str, archive: SubjectArchive) -> None:
@@ -202,6 +203,16 @@ def test_captions_name_a_colour_in_at_most_a_third_and_the_group_word_for_at_lea
         entities += len(chosen)
     assert 0.1 < coloured / captions <= 1 / 3
     assert 0.5 <= grouped / entities < 0.8
+
+
+@pytest.mark.parametrize("told", [0.0, 1.0])
+def test_captions_say_as_much_as_asked(archive: SubjectArchive, told: float) -> None:
+    world = ToyboxWorld(min_subjects=1, group_share=1 - told, colour_share=told, archive=archive)
+    for index in range(20):
+        scene = world.scene(index)
+        for entity in scene.entities:
+            assert entity.noun == (entity.subject.noun if told else entity.subject.group_word)
+        assert any(re.search(rf"\b{colour}\b", scene.caption) for colour in COLOURS) == bool(told)
 
 
 def test_spans_point_at_the_nouns(scenes: list[ToyboxScene]) -> None:

@@ -38,6 +38,8 @@ def toybox_world(data: DataSettings, *, split: str | None = None, seed: int | No
         max_subjects=toybox.max_subjects,
         references=toybox.references,
         procedural_share=toybox.procedural_share if split is None else 0.0,
+        group_share=toybox.group_share,
+        colour_share=toybox.colour_share,
     )
 
 

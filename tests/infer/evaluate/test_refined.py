@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from infer.evaluate.cases import Case, EvaluatedSubject, Photo
 from infer.evaluate.methods import Answer, MethodPlan, create, plan_methods
 from infer.evaluate.methods.refined import Refined, with_things
 from infer.evaluate.settings import EvaluateSettings
+from infer.refine.method import RefineBatch
 from infer.refine.refinement import read_refinement
+from infer.refine.samples import CollatedSamples
+from infer.refine.task import RefineTask
 from tests.infer.evaluate.small_cases import picture
 from tests.infer.tiny_model import TinyModel
 
@@ -92,6 +96,23 @@ def test_a_subject_is_tuned_once_and_its_file_drawn_with(configure: Configure) -
     again = opened(configure())  # after a kill
     assert again.prepare([DOG]) == first and file.stat().st_mtime_ns == when
     assert again.model == model and np.array_equal(drawn(again, one), shown)
+
+
+def test_a_signal_during_tuning_ends_the_evaluation_and_is_no_hole(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = RefineTask.batch
+
+    def terminated(self: RefineTask, collated: CollatedSamples) -> RefineBatch:
+        signal.raise_signal(signal.SIGTERM)
+        return batch(self, collated)
+
+    run = configure()
+    with monkeypatch.context() as patch:
+        patch.setattr(RefineTask, "batch", terminated)
+        with pytest.raises(KeyboardInterrupt, match="the same command goes on there"):
+            opened(run).prepare([DOG])
+    assert opened(run).prepare([DOG]).kept_bytes, "goes on from the checkpoint"
 
 
 def test_nothing_of_a_subject_is_left_for_the_next(configure: Configure) -> None:

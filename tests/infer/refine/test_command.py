@@ -142,7 +142,7 @@ def test_a_signal_leaves_the_checkpoint_and_the_same_command_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(RefineTask, "batch", interrupted)
         with pytest.raises(
-            UserError, match="z.safetensors: not written, a signal came first; the same command goes on"
+            KeyboardInterrupt, match="z.safetensors: not written, a signal came first; the same command goes on"
         ):
             command.main(told)
     assert not (tmp_path / "z.safetensors").exists() and list(tmp_path.glob("runs/refine/*/checkpoints/*"))
