@@ -1,7 +1,7 @@
 """Captions of toybox scenes: true places and relations, and no more about a subject than its reference must give.
 
-Unless told otherwise, a quarter of the captions names a colour, and for more than half of the entities the noun gives way
-to its group word (animal, fruit, vehicle, toy, thing …), so that the text alone cannot draw the subject.
+Unless told otherwise, a quarter of the captions names a colour, and for more than half of the entities the noun gives
+way to its group word (animal, fruit, vehicle, toy, thing …), so that the text alone cannot draw the subject.
 """
 
 from __future__ import annotations
