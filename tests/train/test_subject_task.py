@@ -281,6 +281,12 @@ def test_what_cannot_be_started_from_is_refused_in_one_line(root: Path, override
     assert "\n" not in str(raised.value)
 
 
+def test_a_base_goes_on_from_another_or_starts_with_a_vae_but_not_both(root: Path) -> None:
+    told = start_settings(root, "inputs={base: start, vae: mine}", task="base")
+    with pytest.raises(UserError, match=r"inputs.vae=mine, inputs.base=start: .* give a configuration with one of"):
+        BaseTask(told, CPU)
+
+
 def test_a_published_tower_that_cannot_be_had_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*arguments: object, **named: object) -> None:
         raise ConnectionError("Name or service\nnot known")

@@ -117,6 +117,11 @@ class BaseTask:
         self.settings, self.device = settings, device
         self.options = settings_of(DiffusionOptions, settings.options, "options")
         sizes = load_model_settings(settings.model, settings.override)
+        if {"vae", "base"} <= set(settings.inputs):
+            raise UserError(
+                f"inputs.vae={settings.inputs['vae']}, inputs.base={settings.inputs['base']}: a base starts from "
+                "nothing with a vae, or goes on from another base; give a configuration with one of the two"
+            )
         torch.manual_seed(settings.seed)
         start = _from_nothing(settings, sizes) if "vae" in settings.inputs else starting_base(settings, sizes)
         self.start = start
