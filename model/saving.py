@@ -182,11 +182,20 @@ class LoadedParts:
     adapter: SubjectAdapter
     image_encoder: SubjectImageEncoder
 
-    @torch.no_grad()
     def compose(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> SubjectDiffusionModel:
         """The subject model: trained tensors are copied into the given base, the adapter is attached to its UNet.
 
         The fingerprint is that of fp32 or fp16 weights; load a base in one of these and cast afterwards.
+
+        Raises:
+            SavedModelError: see `copy_into`.
+        """
+        self.copy_into(unet, text_encoder)
+        return SubjectDiffusionModel(unet, text_encoder, self.adapter.to(unet.device, unet.dtype))
+
+    @torch.no_grad()
+    def copy_into(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+        """Put the trained tensors in the place of the base's.
 
         Raises:
             SavedModelError: a base of other shapes, or with other frozen tensors than the one it was trained on.
@@ -208,7 +217,6 @@ class LoadedParts:
                 )
         for name, value in self.trained.items():
             targets[name].copy_(value)
-        return SubjectDiffusionModel(unet, text_encoder, self.adapter.to(unet.device, unet.dtype))
 
 
 def load_subject_model(folder: Path, *, base: str | None = None) -> LoadedParts:

@@ -73,7 +73,8 @@ def noise_schedule(scheduler: Any) -> DDPMScheduler:
 
 
 def image_tower(settings: TrainSettings, sizes: ModelSettings) -> SubjectImageEncoder:
-    """The frozen image encoder: `inputs.clip` (an open_clip folder or a saved image encoder), or the model file's.
+    """The frozen image encoder: `inputs.clip` (an open_clip folder or a saved image encoder), that of the subject model
+    which is gone on from, or the model file's.
 
     Raises:
         UserError: none is named, or it cannot be found or read.
@@ -86,6 +87,10 @@ def image_tower(settings: TrainSettings, sizes: ModelSettings) -> SubjectImageEn
             clip, config = load_open_clip(folder)
             pixels = config["preprocess_cfg"]
             return SubjectImageEncoder.from_open_clip(clip, config["model_cfg"], pixels["mean"], pixels["std"])
+    if "subject" in settings.inputs:
+        with one_line_errors(f"inputs.subject={settings.inputs['subject']}", UserError):
+            folder = input_folder(settings, "subject") / "image_encoder"
+            return SubjectImageEncoder.from_pretrained(folder, use_safetensors=True)
     if sizes.image_encoder is None:
         raise UserError(
             f"inputs.clip: task {settings.task} needs an image encoder; give a run's name or a folder, "

@@ -287,6 +287,44 @@ def test_a_base_goes_on_from_another_or_starts_with_a_vae_but_not_both(root: Pat
         BaseTask(told, CPU)
 
 
+@pytest.fixture(scope="module")
+def earlier(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of a subject model that has learnt something."""
+    task, folder = SubjectTask(start_settings(root), CPU), tmp_path_factory.mktemp("earlier")
+    wake(task.module)
+    task.export(folder)
+    return folder
+
+
+def test_a_run_goes_on_from_another_subject_model_and_its_image_encoder(root: Path, earlier: Path) -> None:
+    settings = start_settings(root, f"inputs.subject={earlier}")
+    alone = settings.model_copy(update={"inputs": {"subject": str(earlier)}})
+    for task in (SubjectTask(settings, CPU), SubjectTask(alone, CPU)):
+        weights = dict(task.module.named_parameters())
+        known = load_subject_model(earlier)
+        before = known.trained | {f"adapter.{name}": value for name, value in known.adapter.named_parameters()}
+        assert before.keys() <= {name for name, weight in weights.items() if weight.requires_grad}
+        assert all(torch.equal(weights[name], value) for name, value in before.items())
+    fresh = SubjectTask(start_settings(root), CPU).module
+    assert not all(torch.equal(weight, weights[name]) for name, weight in fresh.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("override.adapter={levels: all}", "override.adapter: levels: the adapter is that of inputs.subject="),
+        ("override.trained=['adapter..*']", "inputs.subject=.*: it trained text_encoder.* add a pattern to `trained`"),
+        ("inputs.subject={root}/sd", "inputs.subject=.*/sd: .*no subject_model.json"),
+    ],
+)
+def test_another_subject_model_that_does_not_fit_is_one_line(
+    root: Path, earlier: Path, override: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        SubjectTask(start_settings(root, f"inputs.subject={earlier}", override.replace("{root}", str(root))), CPU)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_published_tower_that_cannot_be_had_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*arguments: object, **named: object) -> None:
         raise ConnectionError("Name or service\nnot known")

@@ -17,18 +17,20 @@ from torch.nn import functional
 from data_pipeline.errors import UserError
 from data_pipeline.settings import settings_of
 from model.attention_maps import AttentionMapRecorder, install_recording
+from model.base_loading import one_line_errors
 from model.composition import SubjectDiffusionModel
 from model.image_encoder import SubjectImageEncoder
 from model.inputs import Drop, SubjectInputs, draw_drops, drop_conditions
 from model.losses import attention_map_loss
 from model.prompt import add_placeholder
 from model.sampling import denoise, initial_latents
-from model.saving import base_fingerprint, save_subject_model
+from model.saving import LoadedParts, base_fingerprint, load_subject_model, save_subject_model
 from model.subject_adapter import SubjectAdapter
 from train.data.diffusion_batch import DiffusionBatch, draw_references
 from train.data.diffusion_data import DiffusionData
 from train.denoising import NoisyLatents, denoising_loss, noised, noised_at
 from train.draws import SampleDraws
+from train.inputs_folder import input_folder
 from train.model_card import write_card
 from train.network_options import apply_engine, as_taken, evaluation
 from train.settings import DiffusionSettings, ModelSettings, TrainSettings, load_model_settings
@@ -102,27 +104,57 @@ def mask_weights(batch: DiffusionBatch, inside: float) -> Tensor:
 def subject_model(
     start: StartingBase, encoder: SubjectImageEncoder, sizes: ModelSettings, settings: TrainSettings
 ) -> tuple[SubjectDiffusionModel, list[str]]:
-    """The base with a new adapter and, where attention is supervised, recording; and the names of what is trained.
+    """The base with an adapter and, where attention is supervised, recording; and the names of what is trained.
+
+    The adapter is new, or that of `inputs.subject`, whose trained parts of the base are taken over with it.
 
     Raises:
-        UserError: a level or pattern of the model file that does not fit the base.
+        UserError: a level or pattern of the model file that does not fit the base; another subject model that does not.
     """
     torch.manual_seed(settings.seed)
+    earlier = _earlier_subject_model(settings, encoder) if "subject" in settings.inputs else None
     try:
-        adapter = SubjectAdapter.from_unet(
+        adapter = earlier.adapter if earlier else SubjectAdapter.from_unet(
             start.unet, text_dim=start.text_encoder.config.hidden_size, pooled_dim=encoder.pooled_dim,
             patch_dim=encoder.patch_dim, num_patches=encoder.num_patches, **sizes.adapter,
         )  # fmt: skip
         if settings.diffusion.attention_loss_weight:
             install_recording(start.unet)
         model = SubjectDiffusionModel(start.unet, start.text_encoder, adapter)
-        return model, model.set_trainable(sizes.trained)
+        trained = model.set_trainable(sizes.trained)
+        if earlier:
+            earlier.copy_into(start.unet, start.text_encoder)
     except (ValueError, TypeError) as error:
         raise UserError(f"{settings.model}: {' '.join(str(error).split())}") from error
+    frozen = sorted(set(earlier.trained) - set(trained)) if earlier else []
+    if frozen:
+        raise UserError(
+            f"inputs.subject={settings.inputs['subject']}: it trained {frozen[0]}, which {settings.model} leaves "
+            "frozen; add a pattern to `trained`, else it would be lost at export"
+        )
+    return model, trained
+
+
+def _earlier_subject_model(settings: TrainSettings, encoder: SubjectImageEncoder) -> LoadedParts:
+    """The trained parts of `inputs.subject`; of the base they will be put on, only shapes must fit."""
+    given = f"inputs.subject={settings.inputs['subject']}"
+    if settings.override.adapter:
+        keys = ", ".join(settings.override.adapter)
+        raise UserError(f"override.adapter: {keys}: the adapter is that of {given}; leave one of them out")
+    folder = input_folder(settings, "subject")
+    with one_line_errors(given, UserError):
+        parts = load_subject_model(folder, base="the base of this run")
+    for key in ("pooled_dim", "patch_dim", "num_patches"):
+        if parts.adapter.config[key] != getattr(encoder, key):
+            raise UserError(
+                f"{given}: its image encoder has {key} {parts.adapter.config[key]}, that of this run "
+                f"{getattr(encoder, key)}; leave inputs.clip out, its own is then taken"
+            )
+    return parts
 
 
 class SubjectTask:
-    """`inputs`: base and clip, each or none. `options`: see `DiffusionOptions`."""
+    """`inputs`: base and clip, each or none; subject, to go on from. `options`: see `DiffusionOptions`."""
 
     def __init__(self, settings: TrainSettings, device: torch.device) -> None:
         self.settings, self.device = settings, device
