@@ -23,6 +23,7 @@ from train.engine.averaging import AveragedWeights
 from train.engine.checkpoints import read_checkpoint, write_checkpoint
 from train.engine.faults import FaultWatch, leave_signals_to_the_loop
 from train.engine.optimizers import build_optimizer
+from train.engine.processes import check_same_data
 from train.engine.profiling import ProfileWindow
 from train.engine.reporting import Report, learning_rates
 from train.engine.run_state import RunState
@@ -64,7 +65,11 @@ def run_loop(settings: RunSettings, build: Callable[[torch.device], Task]) -> Pa
 
 
 def _begin(settings: RunSettings, accelerator: Accelerator, task: Task) -> tuple[RunState, AveragedWeights]:
-    """Everything that resumes, at the newest checkpoint or at nothing."""
+    """Everything that resumes, at the newest checkpoint or at nothing.
+
+    Raises:
+        UserError: a checkpoint that does not fit; data that differ between processes.
+    """
     module = task.module
     if settings.engine.channels_last:
         module = module.to(memory_format=torch.channels_last)
@@ -72,6 +77,8 @@ def _begin(settings: RunSettings, accelerator: Accelerator, task: Task) -> tuple
     wrapped, optimizer = prepare(accelerator, module, build_optimizer(module, settings.optimizer))
     ema = AveragedWeights(module, settings.ema)
     state = RunState(module, wrapped, optimizer, ema)
+    if hasattr(task.dataset, "position"):
+        check_same_data(cast(Resumable, task.dataset).position(0))
     done = read_checkpoint(settings.folder / "checkpoints", state, accelerator)
     if done and state.position:
         cast(Resumable, task.dataset).resume(state.position, done * settings.accumulate)

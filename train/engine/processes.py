@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from data_pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,3 +37,29 @@ class Processes:
     @property
     def machines(self) -> int:
         return -(-self.count // self.local_count)
+
+
+def check_same_data(position: Mapping[str, Any]) -> None:
+    """Every process must read the same data: what one of them lacks would come twice or never, and nobody would know.
+
+    Args:
+        position: `Resumable.position(0)` before anything is resumed; called by all processes, after they have joined.
+    Raises:
+        UserError: on all processes, where one has other shards (a disk that is not mounted, a copy that is not
+            finished) or other settings.
+    """
+    everyone: list[dict[str, Any]] = gather_object([_flat(position)])
+    first = everyone[0]
+    for number, other in enumerate(everyone):
+        if other != first:
+            names = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
+            raise UserError(
+                f"{', '.join(names)}: differs on process {number} from that on process 0; give every machine the same "
+                "settings and the same finished shards"
+            )
+
+
+def _flat(position: Mapping[str, Any]) -> dict[str, Any]:
+    """A position with its sources by their keys in the settings."""
+    rest = {f"data.{name}": value for name, value in position.items() if name != "sources"}
+    return rest | {f"data.shards.{name}": value for name, value in position.get("sources", {}).items()}

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from data_pipeline.errors import run_command
 from data_pipeline.settings import load_settings
 from train.engine.faults import FaultWatch
+from train.engine.processes import check_same_data
 from train.engine.reporting import Report
 from train.engine.strategies import open_accelerator
 from train.settings import TrainSettings
@@ -45,6 +46,9 @@ def main(arguments: Any) -> int:
         elif scenario == "end":
             for step in range(5):
                 watch.after_step(step, False, passes(accelerator, bad_process=1))
+        elif scenario == "data":
+            shards = {"laion": {"contents": ["whole", "half"][accelerator.process_index]}, "own": {"contents": "a"}}
+            check_same_data({"seed": 0, "sources": shards})
         elif scenario == "death":
             if accelerator.process_index == 1:
                 raise MemoryError("this process is out of memory")

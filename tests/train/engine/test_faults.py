@@ -178,3 +178,8 @@ def test_the_death_of_one_process_ends_the_other_in_one_line_without_waiting(tmp
     (main, told), (other, own) = run_two("death", tmp_path)
     assert main == 2 and "lost another process" in told and "Traceback" not in told
     assert other != 0 and "out of memory" in own
+
+
+def test_shards_that_differ_between_two_processes_end_both_before_the_first_step(tmp_path: Path) -> None:
+    told = "error: data.shards.laion: differs on process 1 from that on process 0"
+    assert all(status == 2 and told in error for status, error in run_two("data", tmp_path))
