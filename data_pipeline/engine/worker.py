@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipeline.build_settings import DataSettings, EngineSettings
 from data_pipeline.engine.copies import unit_copies
@@ -56,7 +56,9 @@ class Worker:
         self.settings = settings
         self.output = Output(settings, redo)
         self.steps = load_steps(settings, device, redo or "")
-        _share_cores(settings.engine, workers)
+        self.threads = ThreadCounts.now()  # of the program around a build in its own process
+        share = settings.engine.threads or max(1, len(os.sched_getaffinity(0)) // workers)
+        ThreadCounts(share, share).set()
         self.output.hold_to({step.name: step.provenance for step in self.steps})
         self.source = FinishedShards(self.output, redo) if redo else settings.source.open()
         self.clock = Clock()
@@ -66,6 +68,7 @@ class Worker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.steps = []  # the models' memory
+        self.threads.set()
 
     def run(self, units: Iterable[Unit]) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Build units in their order; yields each name with its statistics when the shard is complete."""
@@ -84,12 +87,22 @@ class Worker:
                 yield sample
 
 
-def _share_cores(engine: EngineSettings, workers: int) -> None:
-    import cv2
+class ThreadCounts(NamedTuple):
+    """Of the libraries in this process."""
 
-    threads = engine.threads or max(1, len(os.sched_getaffinity(0)) // workers)
-    cv2.setNumThreads(threads)
-    if "torch" in sys.modules:  # a stage that needs it has loaded it
-        import torch
+    opencv: int
+    torch: int | None  # None: nothing has loaded it
 
-        torch.set_num_threads(threads)
+    @classmethod
+    def now(cls) -> ThreadCounts:
+        import cv2
+
+        loaded = sys.modules.get("torch")
+        return cls(cv2.getNumThreads(), None if loaded is None else loaded.get_num_threads())
+
+    def set(self) -> None:
+        import cv2
+
+        cv2.setNumThreads(self.opencv)
+        if self.torch is not None and "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(self.torch)

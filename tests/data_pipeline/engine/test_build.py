@@ -6,7 +6,9 @@ import json
 import os
 from pathlib import Path
 
+import cv2
 import pytest
+import torch
 import yaml
 
 from data_pipeline.build_settings import DataSettings
@@ -52,6 +54,18 @@ def test_nothing_is_done_twice(undisturbed: Path, capsys: pytest.CaptureFixture[
     build(small_settings(undisturbed))
     assert "nothing left to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in undisturbed.iterdir()} == before
+
+
+def test_a_build_in_this_process_leaves_its_thread_counts_as_they_were(tmp_path: Path) -> None:
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    try:
+        torch.set_num_threads(3)
+        cv2.setNumThreads(3)
+        build(small_settings(tmp_path, "engine.threads=2"))
+        assert (torch.get_num_threads(), cv2.getNumThreads()) == (3, 3)
+    finally:
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])
 
 
 def test_what_a_killed_search_for_copies_left_half_written_is_removed(tmp_path: Path) -> None:
