@@ -72,7 +72,7 @@ def refine(settings: Any) -> Path:
     if Processes.from_environment().index > 0:
         return Path(settings.output)
     if not tasks[0].exported:
-        # No error that a caller with more to do would note and pass over.
+        # Not an error, which an evaluation would note before it tuned to the next subject.
         raise KeyboardInterrupt(f"{settings.output}: not written, a signal came first; the same command goes on there")
     size = settings.output.stat().st_size / 1e6
     minutes = (time.monotonic() - began) / 60
