@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate.utils import gather_object
-
 from data_pipeline.errors import UserError
 
 
@@ -48,6 +46,8 @@ def check_same_data(position: Mapping[str, Any]) -> None:
         UserError: on all processes, where one has other shards (a disk that is not mounted, a copy that is not
             finished) or other settings.
     """
+    from accelerate.utils import gather_object  # here, for commands that only ask who is there
+
     everyone: list[dict[str, Any]] = gather_object([_flat(position)])
     first = everyone[0]
     for number, other in enumerate(everyone):
