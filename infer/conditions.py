@@ -132,14 +132,13 @@ def _prompt(tokenizer: CLIPTokenizer, request: PictureRequest, words: LearnedWor
     text = request.prompt
     if words is not None:
         for subject in request.subjects:
-            if words.expand(subject.noun) != subject.noun:
+            if subject.word is None and words.expand(subject.noun) != subject.noun:
                 raise UserError(
                     f"subject {subject.label}: {subject.noun!r} is a refined word, which needs no reference; "
                     "name the reference by another word"
                 )
-        # Nouns are whole words apart from placeholders, so what stands before one is expanded as it is in the whole.
-        starts = [len(words.expand(text[:start])) for start, _ in spans]
-        spans = [(first, first + end - start) for first, (start, end) in zip(starts, spans, strict=True)]
+        # Mentions are whole words, so what stands before an end of one is expanded as it is in the whole.
+        spans = [(len(words.expand(text[:start])), len(words.expand(text[:end]))) for start, end in spans]
         text = words.expand(text)
     try:
         return build_prompt(tokenizer, text, [subject.noun for subject in request.subjects], spans=spans)

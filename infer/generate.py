@@ -99,7 +99,13 @@ def run(settings: GenerateSettings) -> list[Path]:
         for a, found in zip(arguments, references, strict=True)
     ]
     match_nouns(settings.prompt, subjects)
-    refinements = _read_refined(refined, settings.prompt) + _read_wordless(settings.refinements)
+    learnt = _read_refined(refined, settings.prompt)
+    shown = [
+        [replace(one, box=argument.box) for one in refinement.subjects()]
+        for argument, refinement in zip(refined, learnt, strict=True)
+    ]  # the photos that they were refined with
+    subjects += [one for own in shown for one in own]
+    refinements = learnt + _read_wordless(settings.refinements)
     folder = open_output_folder(settings.output)
     pipeline = open_pipeline(settings, settings.device, settings.precision)
     if refinements:
@@ -110,9 +116,11 @@ def run(settings: GenerateSettings) -> list[Path]:
 
     paths: list[Path] = []
     for seed, picture, boxes in _draw(pipeline, settings, subjects):
-        places: Sequence[Box | None] = boxes or [None] * len(arguments)
-        described = [_describe(argument, box) for argument, box in zip(arguments, places, strict=True)]
-        described += [_describe(argument, None) for argument in refined]
+        places = iter(boxes or ())
+        described = [_describe(argument, next(places, None)) for argument in arguments]
+        for argument, own in zip(refined, shown, strict=True):
+            own_places = [next(places, None) for _ in own]
+            described.append(_describe(argument, own_places[0] if own else None))
         record = PictureRecord(settings.prompt, seed, model, settings.model_dump(mode="json"), described)
         paths.append(write_picture(folder, picture, record))
         if len(paths) == 1:
@@ -223,9 +231,13 @@ def _read_refined(arguments: Sequence[SubjectArgument], prompt: str) -> list[Ref
     found = []
     for argument in arguments:
         where = f"subject {argument.noun}"
-        if argument.box or argument.masks or argument.occurrence or len(argument.files) > 1:
-            raise UserError(f"{where}: a refined subject is one file, without box, mask or number")
+        if argument.masks or argument.occurrence or len(argument.files) > 1:
+            raise UserError(f"{where}: a refined subject is one file, without mask or number")
         refinement = replace(read_refinement(argument.files[0]), strength=argument.strength)
+        if argument.box is not None and len(refinement.references) != 1:
+            raise UserError(
+                f"{where}: {refinement.label} cannot be given a box; only one subject, refined with references, can"
+            )
         if not refinement.words:
             raise UserError(
                 f"{where}: {refinement.label} was learnt from pairs, without a word; give it as --refinement"

@@ -39,7 +39,7 @@ from infer.call_checks import (
 from infer.conditions import PictureRequest, ReferenceFeatures, build_inputs
 from infer.layout import place_subjects
 from infer.loading import load_base, load_base_networks, load_trained_parts, locate_model, one_line_errors
-from infer.subjects import Box, Subject
+from infer.subjects import Box, Subject, with_mentioned
 from model.composition import SubjectDiffusionModel
 from model.image_encoder import SubjectImageEncoder
 from model.learned_words import LearnedWords
@@ -59,7 +59,8 @@ class SubjectDiffusionPipelineOutput(BaseOutput):
     """Pictures, and where their subjects were asked to stand."""
 
     images: list[Image.Image] | np.ndarray | Tensor  # list of PIL; (B, H, W, 3) 0..1; (B, 3, H, W) 0..1; or latents
-    boxes: list[list[Box] | None]  # a picture: boxes in the order of its subjects, None where the model chose
+    boxes: list[list[Box] | None]  # a picture: boxes in the order of its subjects, then of the pipeline's references
+    # that its prompt names; None where the model chose
 
 
 class SubjectDiffusionPipeline(DiffusionPipeline):
@@ -72,7 +73,8 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
         base_unet, base_text_encoder: the plain base, for `subject_until` < 1; loaded when first needed.
         base: name, folder or hub id of the plain base.
 
-    `words` holds refined words; prompts name them by their placeholders, beside subjects from references.
+    `words` holds refined words; prompts name them by their placeholders, beside subjects from references. Those of
+    `references` are drawn as subjects too, wherever a prompt names them.
     """
 
     model_cpu_offload_seq = "image_encoder->unet->vae"
@@ -114,6 +116,7 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.reference_features = ReferenceFeatures()
         self.installed: tuple[str, ...] = ()  # digests of the refinements that are put to use
+        self.references: tuple[Subject, ...] = ()  # shown beside refined words that were learnt so
         self._subject_model: SubjectDiffusionModel | None = None
 
     @classmethod
@@ -230,7 +233,8 @@ class SubjectDiffusionPipeline(DiffusionPipeline):
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = one_each(negative_prompt or "", len(prompts), "negative_prompt")
-        groups = subjects_each(subjects, len(prompts))
+        given = subjects_each(subjects, len(prompts))
+        groups = [with_mentioned(text, group, self.references) for text, group in zip(prompts, given, strict=True)]
         height, width = height or self._trained_size()[0], width or self._trained_size()[1]
         check_size(height, width, self.vae_scale_factor)
         check_choice("guidance", guidance, ("separate", "joint", "none"))

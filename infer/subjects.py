@@ -26,16 +26,22 @@ SYNTAX = "NAME=FILE[,FILE…][@x0,y0,x1,y1][:strength=W][:mask=FILE[,FILE…]]"
 class Subject:
     """One particular thing to draw."""
 
-    noun: str  # the word that the prompt uses for it
+    noun: str  # what it is, and unless `word` says otherwise what the prompt calls it
     references: list[Image.Image]  # RGBA cut-outs of any size; alpha 0 is background
     box: Box | None = None  # where to draw it; None: the seeded layout decides
     strength: float = 1.0  # 0 = off, 1 = as trained, at most 2
-    occurrence: int | None = None  # which mention of the noun in the prompt, from 1; None: the first free one
+    occurrence: int | None = None  # which mention in the prompt, from 1; None: the first free one
+    word: str | None = None  # what the prompt calls it where that is not its noun: a refined word, "z"
+
+    @property
+    def said(self) -> str:
+        """The word that is looked for in the prompt."""
+        return self.word or self.noun
 
     @property
     def label(self) -> str:
         """The name as typed, for error messages: `dog` or `dog#2`."""
-        return self.noun if self.occurrence is None else f"{self.noun}#{self.occurrence}"
+        return self.said if self.occurrence is None else f"{self.said}#{self.occurrence}"
 
 
 @dataclass(frozen=True)
@@ -128,19 +134,19 @@ def match_nouns(prompt: str, subjects: Sequence[Subject]) -> list[tuple[int, int
     Raises:
         UserError: the noun is missing, or mentioned less often than asked.
     """
-    asked = Counter((entry.noun.lower(), entry.occurrence) for entry in subjects if entry.occurrence is not None)
+    asked = Counter((entry.said.lower(), entry.occurrence) for entry in subjects if entry.occurrence is not None)
     for (noun, number), count in asked.items():
         if count > 1:
             raise UserError(f"subject {noun}#{number}: given {count} times; each occurrence takes one subject")
     spans: list[tuple[int, int]] = []
     taken = set(asked)  # (noun, occurrence)
     for subject in subjects:
-        mentions = [found.span(1) for found in _mentions(prompt, subject.noun)]
+        mentions = [found.span(1) for found in _mentions(prompt, subject.said)]
         if not mentions:
             raise UserError(
-                f"subject {subject.label}: the prompt {prompt!r} lacks the word {subject.noun!r}; name it there"
+                f"subject {subject.label}: the prompt {prompt!r} lacks the word {subject.said!r}; name it there"
             )
-        noun = subject.noun.lower()
+        noun = subject.said.lower()
         occurrence = subject.occurrence
         if occurrence is None:
             free = [k for k in range(1, len(mentions) + 1) if (noun, k) not in taken]
@@ -148,12 +154,22 @@ def match_nouns(prompt: str, subjects: Sequence[Subject]) -> list[tuple[int, int
             occurrence = (free + plural + [len(mentions) + 1])[0]
         if occurrence > len(mentions):
             raise UserError(
-                f"subject {subject.label}: the prompt {prompt!r} has {subject.noun!r} {len(mentions)} time(s), fewer "
+                f"subject {subject.label}: the prompt {prompt!r} has {subject.said!r} {len(mentions)} time(s), fewer "
                 "than the subjects need; mention it once for each"
             )
         taken.add((noun, occurrence))
         spans.append(mentions[occurrence - 1])
     return spans
+
+
+def with_mentioned(prompt: str, given: Sequence[Subject], known: Sequence[Subject]) -> list[Subject]:
+    """Subjects of a prompt, and after them those of `known` that it names too: one for each mention that is left."""
+    subjects = list(given)
+    for one in known:
+        mentions = re.findall(rf"(?<!\w){re.escape(one.said)}(?!\w)", prompt, re.IGNORECASE)
+        there = sum(subject.said.lower() == one.said.lower() for subject in given)
+        subjects += [one] * (len(mentions) - there)
+    return subjects
 
 
 def _mentions(prompt: str, noun: str) -> list[re.Match[str]]:

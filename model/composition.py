@@ -19,7 +19,7 @@ from model.inputs import SubjectInputs
 from model.layer_contexts import LayerContexts, encode_layer_contexts
 from model.learned_words import LearnedWords
 from model.subject_adapter import SubjectAdapter, SubjectCondition
-from model.text_fusion import PromptEmbeddings, embed_prompt, encode_embeddings
+from model.text_fusion import PromptEmbeddings, WordRows, embed_prompt, encode_embeddings
 
 
 class SubjectDiffusionModel(nn.Module):
@@ -68,8 +68,10 @@ class SubjectDiffusionModel(nn.Module):
         Returns:
             context (B, L, D) and the condition of the same B rows.
         """
-        adapter, words = self.adapter, self.words
-        embedded = self._embed(inputs)
+        adapter = self.adapter
+        words = self.words
+        rows = None if words is None else words.word_rows(None if words.num_layers is None else 0)
+        embedded = self.embed(inputs, rows)
         context, layer_contexts = None, None
         if words is not None and words.num_layers is not None and bool(words.holds_layerwise(inputs.input_ids).any()):
             layer_contexts = self._layer_contexts(words, inputs, embedded, valid, adaptive_factor)
@@ -84,11 +86,8 @@ class SubjectDiffusionModel(nn.Module):
         condition.layer_contexts = layer_contexts
         return context, condition
 
-    def _embed(self, inputs: SubjectInputs) -> PromptEmbeddings:
-        """Prompts with concepts and learned words; of layerwise words the first layer's."""
-        words = None
-        if self.words is not None:
-            words = self.words.word_rows(None if self.words.num_layers is None else 0)
+    def embed(self, inputs: SubjectInputs, words: WordRows | None) -> PromptEmbeddings:
+        """Prompts with concepts and these words in their places, as `encode` has them; of layerwise words one layer."""
         if self.adapter is None:
             if bool(inputs.subject_keep.any()):
                 raise ValueError("this model has no subject adapter and draws no subjects from references")

@@ -48,6 +48,11 @@ def add_placeholder(tokenizer: CLIPTokenizer) -> int:
     return _placeholder_id(tokenizer)
 
 
+def suffix_of(noun: str, *, first: bool = False) -> str:
+    """What one subject adds to a prompt; `first`: to an empty one."""
+    return f"{'' if first else ', '}the {noun} is {PLACEHOLDER}"
+
+
 def build_prompt(
     tokenizer: CLIPTokenizer,
     caption: str,
@@ -151,9 +156,9 @@ def _write(caption: str, nouns: Sequence[str]) -> tuple[str, list[Span]]:
     """The prompt's text and where each noun of the suffix stands in it, in characters."""
     text, spans = caption, []
     for noun in nouns:
-        text += ", the " if text else "the "
-        spans.append((len(text), len(text) + len(noun)))
-        text += f"{noun} is {PLACEHOLDER}"
+        text += suffix_of(noun, first=not text)
+        start = len(text) - len(f"{noun} is {PLACEHOLDER}")
+        spans.append((start, start + len(noun)))
     return text, spans
 
 

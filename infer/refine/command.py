@@ -2,6 +2,7 @@
 
 subject-diffusion refine --method textual-inversion --images photos --class-word dog --output z.safetensors
 subject-diffusion refine --method lasr --images photos --class-word dog --init-words "brown dog" --minutes 5
+subject-diffusion refine --method dreambooth --images photos --class-word dog --references 1
 subject-diffusion refine --config configs/refine/cd_reg.yaml concepts.z.images=[photos] concepts.z.class_word=dog
 subject-diffusion refine --method adapter --pairs captioned --output look.safetensors
 subject-diffusion generate --subject z=z.safetensors --prompt "a z on the beach"
@@ -148,6 +149,9 @@ def _parser() -> CommandParser:
     parser.add_argument("--kind", choices=("subject", "style"), help="learn a thing or a manner")
     parser.add_argument("--init-words", help="words to start from: 'young dog'")
     parser.add_argument("--identifier", help="token that the placeholder stands for; dreambooth, adapter, lora (auto)")
+    parser.add_argument(
+        "--references", type=int, help="photos shown to the model besides, learning and drawing (0: none)"
+    )
     parser.add_argument("--base", help="model to refine on (default toybox); `plain`: its plain base")
     parser.add_argument("--steps", type=int, help="instead of the method's own number")
     parser.add_argument("--minutes", type=float, help="stop after so long, with what is learnt by then")
@@ -171,6 +175,7 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
         "options.init_words": arguments.init_words,
         "options.identifier": arguments.identifier,
         "options.steps": arguments.steps,
+        "references": arguments.references,
         "pairs": arguments.pairs,
         "minutes": arguments.minutes,
         "seed": arguments.seed,

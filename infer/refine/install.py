@@ -49,10 +49,11 @@ def install_refinements(
                 f"{', '.join(METHODS)}"
             )
         refinement.check_base(model, fingerprint)
-        if refinement.strength != 1 and not load_method(refinement.method).has_strength:
+        weighed = bool(refinement.references) or load_method(refinement.method).has_strength
+        if refinement.strength != 1 and not weighed:
             raise UserError(
                 f"{refinement.label}: strength {refinement.strength:g}: {refinement.method} has none; only adapter and "
-                "lora do"
+                "lora do, and what was refined with references"
             )
     _check_together(refinements)
     install_words(pipeline, refinements, mode=mode, scale=scale, adaptive_weight=adaptive_weight)
@@ -62,6 +63,7 @@ def install_refinements(
     # LoRA last: it renames the weights that the others put in their places.
     for name in sorted(groups, key=lambda name: name == "lora"):
         load_method(name).install(pipeline, groups[name])
+    pipeline.references = (*pipeline.references, *(one for refinement in refinements for one in refinement.subjects()))
     pipeline.installed = (*pipeline.installed, *(refinement.digest() for refinement in refinements))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from data_pipeline.settings import Settings
 from infer.refine.prompts import Kind
 from infer.refine.subject_images import SubjectPicture, VariationSettings
+from infer.subjects import Subject
 from model.losses import diffusion_target
 from train.draws import SampleDraws
 from train.settings import Decay
@@ -73,6 +74,7 @@ class RefineBatch:
     class_prompts: tuple[str, ...]  # B, the class word in their place
     prior: Tensor  # (B,) bool, of the regularisation
     numbers: tuple[int, ...]  # B sample numbers, for what a method draws by itself
+    subjects: tuple[Subject | None, ...]  # B, shown beside the prompt, each in its place; None: nothing is
 
 
 class RefineModule(nn.Module):

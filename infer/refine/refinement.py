@@ -7,6 +7,7 @@ with pickle (.bin, .pt, .ckpt) are refused: loading one can run any code.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import struct
@@ -23,11 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from infer.subjects import PICKLED
+from infer.picture_file import encode_picture
+from infer.subjects import PICKLED, Subject
 
 FORMAT = "subject-diffusion-refinement"
 FORMAT_VERSION = 1
 PREVIEW = "preview"  # (h, w, 3) uint8
+REFERENCES = "references"  # .NUMBER.PLACEHOLDER: a PNG file's bytes (N,) uint8
 SUFFIX = ".safetensors"
 
 
@@ -43,6 +46,7 @@ class Refinement:
     settings: dict[str, Any] = field(default_factory=dict)  # resolved, of the run that made it
     steps: int = 0  # done
     preview: np.ndarray | None = None  # (h, w, 3) uint8
+    references: dict[str, tuple[Image.Image, ...]] = field(default_factory=dict)  # placeholder -> RGBA cut-outs shown
     path: Path | None = None  # where it was read from
     strength: float = 1.0  # factor on what it adds, told when it is put to use; methods that have one
 
@@ -57,7 +61,17 @@ class Refinement:
         for name, value in sorted(self.tensors.items()):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for placeholder, cutouts in self.references.items():
+            for cutout in cutouts:
+                digest.update(f"{placeholder} {cutout.size}".encode() + cutout.tobytes())
         return digest.hexdigest()
+
+    def subjects(self) -> list[Subject]:
+        """What is shown to the model beside its words."""
+        return [
+            Subject(self.words[word]["class_word"], list(cutouts), strength=self.strength, word=word)
+            for word, cutouts in self.references.items()
+        ]
 
     def check_base(self, name: str, fingerprint: str) -> None:
         """Refuse another base than the one it was made on.
@@ -86,6 +100,10 @@ def write_refinement(refinement: Refinement, path: Path) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in refinement.tensors.items()}
     if refinement.preview is not None:
         tensors[PREVIEW] = torch.from_numpy(np.ascontiguousarray(refinement.preview))
+    for word, cutouts in refinement.references.items():
+        for number, cutout in enumerate(cutouts):
+            content = np.frombuffer(encode_picture(cutout), np.uint8).copy()
+            tensors[f"{REFERENCES}.{number}.{word}"] = torch.from_numpy(content)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +147,9 @@ def read_refinement(path: Path) -> Refinement:
         )
     preview = tensors.pop(PREVIEW, None)
     fields = {name: header[name] for name in ("method", "base", "fingerprint", "words", "settings", "steps")}
-    return Refinement(**fields, tensors=tensors, preview=None if preview is None else preview.numpy(), path=path)
+    references = _references(path, tensors)
+    shown = None if preview is None else preview.numpy()
+    return Refinement(**fields, tensors=tensors, preview=shown, references=references, path=path)
 
 
 def rename_placeholders(refinement: Refinement, names: Sequence[tuple[str, str]]) -> Refinement:
@@ -138,7 +158,7 @@ def rename_placeholders(refinement: Refinement, names: Sequence[tuple[str, str]]
     Raises:
         UserError: it has no such placeholder, or two would be called alike.
     """
-    words = dict(refinement.words)
+    words, references = dict(refinement.words), dict(refinement.references)
     for old, new in names:
         if old not in words:
             raise UserError(f"{refinement.label}: has no placeholder {old!r}; it has {', '.join(words) or 'none'}")
@@ -147,12 +167,26 @@ def rename_placeholders(refinement: Refinement, names: Sequence[tuple[str, str]]
         words = {
             new if name == old else name: value | {"name": value.get("name", name)} for name, value in words.items()
         }
-    return replace(refinement, words=words)
+        references = {new if name == old else name: cutouts for name, cutouts in references.items()}
+    return replace(refinement, words=words, references=references)
 
 
 def preview_picture(refinement: Refinement) -> Image.Image | None:
     """The preview as a picture."""
     return None if refinement.preview is None else Image.fromarray(refinement.preview)
+
+
+def _references(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Image.Image, ...]]:
+    """The cut-outs among a file's tensors, which are taken out."""
+    found: dict[str, list[Image.Image]] = {}
+    for name in sorted(name for name in tensors if name.startswith(f"{REFERENCES}.")):
+        word = name.split(".", 2)[2]
+        try:
+            cutout = Image.open(io.BytesIO(tensors.pop(name).numpy().tobytes())).convert("RGBA")
+        except OSError as error:
+            raise UserError(f"{path}: the picture {name} in it cannot be read; it is damaged") from error
+        found.setdefault(word, []).append(cutout)
+    return {word: tuple(cutouts) for word, cutouts in found.items()}
 
 
 def _learned_embeds(path: Path, tensors: dict[str, Tensor]) -> Refinement:

@@ -16,7 +16,9 @@ from torch.utils.data import Dataset
 
 from infer.refine.method import Concept
 from infer.refine.prompts import draw_template, fill
+from infer.refine.references import Shown, draw_references
 from infer.refine.subject_images import SubjectPicture, VariationSettings, vary
+from infer.subjects import Box
 
 
 class RegularisationSet(Protocol):
@@ -40,6 +42,7 @@ class RefineSample:
     prior: bool
     number: int
     resized: bool  # see `VariedPicture`
+    shown: Shown | None = None  # photos that the model sees beside the prompt
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class CollatedSamples:
     prior: Tensor  # (B,) bool
     numbers: tuple[int, ...]
     resized: Tensor  # (B,) bool
+    shown: tuple[Shown | None, ...]  # B
 
 
 class RefineSamples(Dataset[RefineSample]):
@@ -66,6 +70,7 @@ class RefineSamples(Dataset[RefineSample]):
         variation: VariationSettings,
         seed: int,
         regularisation: Sequence[RegularisationSet] = (),
+        references: int = 0,
     ) -> None:
         """
         Args:
@@ -73,9 +78,11 @@ class RefineSamples(Dataset[RefineSample]):
             things: what each is called in prompts: "z", or "z dog".
             templates: texts with {} for the thing, for pictures without a caption.
             regularisation: one set a concept, or none.
+            references: how many photos of its concept each sample is shown.
         """
         self.concepts, self.things, self.templates = concepts, things, templates
         self.variation, self.seed, self.regularisation = variation, seed, regularisation
+        self.references = references
 
     def __getitem__(self, number: int) -> RefineSample:
         rng = np.random.default_rng((self.seed % 2**63, number))
@@ -87,18 +94,29 @@ class RefineSamples(Dataset[RefineSample]):
             shown = vary(picture, VariationSettings(flip=self.variation.flip), rng)
             return RefineSample(shown.pixels, shown.valid, caption, caption, True, number, shown.resized)
         concept = self.concepts[which]
-        picture = self._picture(concept, index)
+        own = self._picture(concept, index)
+        picture = concept.pictures[own]
         shown = vary(picture, self.variation, rng)
         template = picture.caption or draw_template(self.templates, rng)
         prompt = fill(template, self.things[which], shown.size_words)
         class_prompt = fill(template, concept.class_word, shown.size_words)
-        return RefineSample(shown.pixels, shown.valid, prompt, class_prompt, False, number, shown.resized)
+        return RefineSample(
+            shown.pixels, shown.valid, prompt, class_prompt, False, number, shown.resized,
+            self._shown(which, own, number, shown.box),
+        )  # fmt: skip
 
-    def _picture(self, concept: Concept, index: int) -> SubjectPicture:
+    def _shown(self, which: int, own: int, number: int, box: Box | None) -> Shown | None:
+        if not self.references:
+            return None
+        rng = np.random.default_rng((self.seed % 2**63, number, 2))
+        pictures = len(self.concepts[which].pictures)
+        return Shown(which, draw_references(own, pictures, self.references, rng), box)
+
+    def _picture(self, concept: Concept, index: int) -> int:
         """Each picture once a pass, every pass in an order of its own."""
         turn, position = divmod(index, len(concept.pictures))
         order = np.random.default_rng((self.seed % 2**63, turn, 1)).permutation(len(concept.pictures))
-        return concept.pictures[int(order[position])]
+        return int(order[position])
 
 
 def collate(samples: Sequence[RefineSample]) -> CollatedSamples:
@@ -111,4 +129,5 @@ def collate(samples: Sequence[RefineSample]) -> CollatedSamples:
         torch.tensor([sample.prior for sample in samples]),
         tuple(sample.number for sample in samples),
         torch.tensor([sample.resized for sample in samples]),
+        tuple(sample.shown for sample in samples),
     )

@@ -53,6 +53,7 @@ class RefineSettings(Settings):
     pairs: Path | None = None  # in place of concepts: folder of pictures with texts, learnt without a word of their own
     model: str = "toybox"  # subject model (shipped name, folder, hub id), or a plain base
     plain: bool = False  # learn on the plain base of `model`, as published, instead of on its trained networks
+    references: int = Field(0, ge=0)  # photos shown to the model besides, learning and drawing; 0: its subjects null
     output: Path  # the file, NAME.safetensors
     options: dict[str, Any] = {}  # the method's own settings
     regularisation: dict[str, Any] = {"kind": "none"}  # infer/refine/regularisation; DreamBooth, Custom Diffusion
@@ -81,6 +82,9 @@ class RefineSettings(Settings):
                 "concepts or pairs: give pictures of a subject (--images) or a folder of pictures with texts (--pairs)"
                 + (", not both" if self.concepts else "")
             )
+        if self.references and (self.plain or self.pairs is not None):
+            what = "a plain base cannot look at pictures" if self.plain else "pairs show no subject"
+            raise ValueError(f"references={self.references}: {what}; leave references out")
         if self.pairs is not None:
             able = [name for name in METHODS if load_method(name).pair_options is not None]
             if self.method not in able:

@@ -23,6 +23,7 @@ from torch import Tensor
 from data_pipeline.errors import UserError
 from data_pipeline.settings import Settings
 from infer.cutout import cut_out, load_picture
+from infer.subjects import Box
 from model.image_encoder import SubjectImageEncoder
 from model.reference import MID_GREY, prepare_reference
 
@@ -63,6 +64,7 @@ class VariedPicture:
     valid: Tensor  # (1, S, S) float32 in 0..1, how much the loss counts
     size_words: str  # "", or words that tell how large the subject is: "very small "
     resized: bool  # whether the picture comes in a size that it will hardly come in again
+    box: Box | None = None  # where its subject is, as fractions; None: out of sight, or not told apart
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
@@ -177,7 +179,15 @@ def vary(picture: SubjectPicture, settings: VariationSettings, rng: np.random.Ge
     pixels = colour * valid + (MID_GREY / 255) * (1 - valid)
     if len(subject):
         valid = valid * torch.lerp(torch.tensor(settings.background_weight), torch.tensor(1.0), subject)
-    return VariedPicture(pixels, valid, words if settings.say_size else "", resized)
+    box = _box(layers[..., 4]) if len(subject) else None
+    return VariedPicture(pixels, valid, words if settings.say_size else "", resized, box)
+
+
+def _box(subject: np.ndarray) -> Box | None:
+    """Where a mask (h, w), 0..255, shows something."""
+    height, width = subject.shape
+    found = Image.fromarray(np.where(subject > 127, np.uint8(255), np.uint8(0))).getbbox()
+    return None if found is None else (found[0] / width, found[1] / height, found[2] / width, found[3] / height)
 
 
 def _mask(file: Path, picture: Image.Image) -> Image.Image:

@@ -23,11 +23,13 @@ from infer.refine.method import Concept, MethodSettings, RefineBase, RefineBatch
 from infer.refine.methods import load_method
 from infer.refine.pairs import PairSamples, read_pairs
 from infer.refine.prompts import fill, templates_of
+from infer.refine.references import Shown, shown_cutouts
 from infer.refine.refinement import Refinement, write_refinement
 from infer.refine.regularisation import open_regularisation
 from infer.refine.samples import CollatedSamples, RefineSample, RefineSamples, collate
 from infer.refine.settings import ConceptSettings, RefineSettings
 from infer.refine.subject_images import find_pictures, read_pictures, unlike_pictures, with_captions
+from infer.subjects import Subject
 
 PREVIEW_CELL = 96  # pixels, side of each picture of the preview in the file
 PAIRS_SHOWN = 4  # whose texts are drawn as previews
@@ -55,10 +57,16 @@ class RefineTask:
         self.base = open_base(settings.model, settings.plain, str(device), templates)
         self.size = settings.size or _trained_size(self.base)
         self.concepts = [self._concept(word, told) for word, told in settings.concepts.items()]
+        self.cutouts = [shown_cutouts(concept, settings.references) for concept in self.concepts]
         method = load_method(settings.method)
         self.things = [method.thing(concept, own) for concept in self.concepts]
         torch.manual_seed(settings.seed)
         self.module = method.build(self.base, self.concepts, own).to(device)
+        self.base.pipeline.references = tuple(
+            Subject(concept.class_word, cutouts[: settings.references], word=concept.placeholder)
+            for concept, cutouts in zip(self.concepts, self.cutouts, strict=True)
+            if cutouts
+        )
         self.shown = [concept.pictures[0] for concept in self.concepts]  # beside the previews
         self.previews = [fill(text, thing) for text in settings.report.preview_prompts for thing in self.things]
         self.dataset: Dataset[RefineSample] = (
@@ -70,7 +78,8 @@ class RefineTask:
 
     def _subject_samples(self, templates: tuple[str, ...]) -> RefineSamples:
         sets = open_regularisation(self.settings, self.base, self.concepts, self.size)
-        return RefineSamples(self.concepts, self.things, templates, self.own.variation, self.settings.seed, sets)
+        variation, references = self.own.variation, self.settings.references
+        return RefineSamples(self.concepts, self.things, templates, variation, self.settings.seed, sets, references)
 
     def _pair_samples(self, folder: Path) -> PairSamples:
         pairs, warnings = read_pairs(folder, self.base.pipeline.tokenizer)
@@ -83,8 +92,9 @@ class RefineTask:
         return samples
 
     def _concept(self, placeholder: str, told: ConceptSettings) -> Concept:
-        weighed = told.kind == "subject" and self.own.variation.background_weight < 1
-        pictures, warnings = read_pictures(find_pictures(told.images), self.size, tell_apart=weighed)
+        # Backgrounds that count for less, and boxes of what is shown.
+        apart = told.kind == "subject" and (self.own.variation.background_weight < 1 or self.settings.references > 0)
+        pictures, warnings = read_pictures(find_pictures(told.images), self.size, tell_apart=apart)
         if told.kind == "subject":
             pictures = with_captions(pictures, told.class_word)
         encoder = self.base.pipeline.image_encoder
@@ -101,7 +111,13 @@ class RefineTask:
         return RefineBatch(
             latents, valid, collated.prompts, collated.class_prompts,
             collated.prior.to(self.device), collated.numbers,
+            tuple(None if shown is None else self._shown(shown) for shown in collated.shown),
         )  # fmt: skip
+
+    def _shown(self, shown: Shown) -> Subject:
+        concept, cutouts = self.concepts[shown.concept], self.cutouts[shown.concept]
+        chosen = [cutouts[index] for index in shown.pictures]
+        return Subject(concept.class_word, chosen, shown.box, word=concept.placeholder)
 
     def _latents_of(self, collated: CollatedSamples) -> Tensor:
         """(B, C, h, w). The resized pictures of a batch go through the autoencoder together, the others each by itself.
@@ -168,6 +184,7 @@ class RefineTask:
         return Refinement(
             self.settings.method, self.base.name, self.base.fingerprint, told, self.module.tensors(),
             settings=plain, steps=self.own.steps, preview=np.array(sheet.convert("RGB")),
+            references={one.said: tuple(one.references) for one in self.base.pipeline.references},
         )  # fmt: skip
 
     def _preview(self) -> list[Image.Image]:

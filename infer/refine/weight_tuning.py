@@ -55,7 +55,7 @@ class WeightModule(WordModule):
     def forward(self, batch: RefineBatch, draws: SampleDraws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         model = self.base.pipeline.subject_model
         noisy = noised(self.schedule, batch.latents, draws)
-        inputs = prompt_inputs(self.base.pipeline, batch.prompts)
+        inputs = prompt_inputs(self.base.pipeline, batch.prompts, batch.subjects)
         context, condition = model.encode(inputs, grid_of(batch), inference=True)
         prediction = model.denoise(noisy.noisy.to(model.unet.dtype), noisy.timesteps, context, condition)
         errors = denoising_error(self.schedule, prediction, batch, noisy.noise, noisy.timesteps)  # (B,)

@@ -21,11 +21,12 @@ from infer.conditions import PictureRequest, build_inputs
 from infer.pipeline import SubjectDiffusionPipeline
 from infer.refine.method import Concept, RefineBase, RefineBatch, RefineModule, denoising_error
 from infer.refine.refinement import Refinement
+from infer.subjects import Subject
 from model.attention_maps import cross_attention_layers
 from model.inputs import SubjectInputs
 from model.lasr.init_words import InitVectors, init_vectors
 from model.learned_words import FixedRows, LearnedWord, LearnedWords, Mode, add_words
-from model.prompt import PromptError
+from model.prompt import PromptError, suffix_of
 from train.denoising import NoisyLatents
 from train.draws import SampleDraws
 from train.starting_models import noise_schedule
@@ -72,7 +73,7 @@ class WordModule(RefineModule):
     def forward(self, batch: RefineBatch, draws: SampleDraws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         model = self.base.pipeline.subject_model
         noisy = noised(self.schedule, batch.latents, draws)
-        inputs = prompt_inputs(self.base.pipeline, batch.prompts)
+        inputs = prompt_inputs(self.base.pipeline, batch.prompts, batch.subjects)
         context, condition = model.encode(inputs, grid_of(batch), inference=True)
         prediction = model.denoise(noisy.noisy.to(model.unet.dtype), noisy.timesteps, context, condition)
         error = denoising_error(self.schedule, prediction, batch, noisy.noise, noisy.timesteps).mean()
@@ -97,26 +98,41 @@ def grid_of(batch: RefineBatch) -> tuple[int, int]:
     return batch.latents.shape[2], batch.latents.shape[3]
 
 
-def prompt_inputs(pipeline: SubjectDiffusionPipeline, prompts: Sequence[str]) -> SubjectInputs:
-    """Prompts with placeholders of the pipeline's words and without subjects, as the model takes them.
+def prompt_inputs(
+    pipeline: SubjectDiffusionPipeline, prompts: Sequence[str], subjects: Sequence[Subject | None] | None = None
+) -> SubjectInputs:
+    """Prompts with placeholders of the pipeline's words, as the model takes them.
 
+    Args:
+        subjects: what is shown beside each prompt, None for nothing.
     Raises:
         UserError: a prompt is too long.
     """
-    requests = [PictureRequest(prompt) for prompt in prompts]
+    requests = [_request(*one) for one in zip(prompts, subjects or [None] * len(prompts), strict=True)]
     inputs = build_inputs(
         requests, pipeline.tokenizer, pipeline.image_encoder, pipeline.reference_features, pipeline.words
     )
     return inputs.to(pipeline.unet.device)
 
 
-def fitting(pipeline: SubjectDiffusionPipeline, prompt: str) -> str:
-    """The prompt without the words at its end that the text encoder has no room for; for training texts only."""
+def _request(prompt: str, subject: Subject | None) -> PictureRequest:
+    if subject is None:
+        return PictureRequest(prompt)
+    return PictureRequest(prompt, subjects=(subject,), boxes=None if subject.box is None else (subject.box,))
+
+
+def fitting(pipeline: SubjectDiffusionPipeline, prompt: str, subject: Subject | None = None) -> str:
+    """The prompt without the words at its end that the text encoder has no room for; for training texts only.
+
+    Args:
+        subject: shown beside the prompt, which needs room of its own.
+    """
     expand = (lambda text: text) if pipeline.words is None else pipeline.words.expand
+    suffix = "" if subject is None else suffix_of(subject.noun)
     words = prompt.split(" ")
 
     def used() -> int:
-        return len(pipeline.tokenizer(expand(" ".join(words)), verbose=False)["input_ids"])
+        return len(pipeline.tokenizer(expand(" ".join(words)) + suffix, verbose=False)["input_ids"])
 
     while len(words) > 1 and used() > pipeline.tokenizer.model_max_length:
         words.pop()

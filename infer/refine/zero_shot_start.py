@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data_pipeline.errors import UserError
 from infer.conditions import PictureRequest, build_inputs
-from infer.cutout import CutoutMethod, cut_out
 from infer.refine.method import Concept, RefineBase
+from infer.refine.references import cutouts_of
 from infer.subjects import Subject
 
 Start = Literal["words", "zero_shot"]
@@ -24,8 +23,6 @@ Start = Literal["words", "zero_shot"]
 @torch.no_grad()
 def zero_shot_vector(base: RefineBase, concept: Concept) -> Tensor:
     """What generation would put at `<subject>` for these pictures: (D,) float32 on the CPU.
-
-    Pictures are cut out by what tells their subject apart, else as `generate` does; those of a style are seen whole.
 
     Raises:
         UserError: a base without such a prediction; a picture in which no subject stands out.
@@ -39,17 +36,7 @@ def zero_shot_vector(base: RefineBase, concept: Concept) -> Tensor:
             f"start=zero_shot: {base.name} puts no concept into the prompt that a word could stand for; take "
             "start=words"
         )
-    method: CutoutMethod = "none" if concept.kind == "style" else "auto"
-    cutouts = [
-        cut_out(
-            Image.fromarray(picture.rgba),
-            mask=None if picture.subject is None else Image.fromarray(picture.subject),
-            method=method,
-            name=str(picture.path),
-        )
-        for picture in concept.pictures
-    ]
-    request = PictureRequest(concept.class_word, subjects=(Subject(concept.class_word, cutouts),))
+    request = PictureRequest(concept.class_word, subjects=(Subject(concept.class_word, cutouts_of(concept)),))
     inputs = build_inputs([request], pipeline.tokenizer, encoder, pipeline.reference_features)
     embedding = pipeline.text_encoder.embeddings.token_embedding
     concepts = adapter.concepts(inputs.to(embedding.weight.device), embedding)  # (1, 1, D)

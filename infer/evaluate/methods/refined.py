@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,7 +39,7 @@ from infer.refine.refinement import Refinement, read_refinement, rename_placehol
 from infer.refine.settings import RefineSettings
 from infer.refine.subject_images import MASK
 from infer.refine.task import method_settings
-from infer.subjects import Subject, match_nouns
+from infer.subjects import Subject, match_nouns, with_mentioned
 
 BOUND = False
 PLACEHOLDERS = ("z", "y")  # what the first and the second subject of a prompt are called
@@ -119,12 +119,29 @@ class Refined:
         )
 
     def draw(self, cases: Sequence[Case]) -> list[Answer]:
-        drawn = (self.pipeline or self._use((), {}))(
+        pipeline = self.pipeline or self._use((), {})
+        shown = [self._subjects(case, pipeline.references) for case in cases]
+        drawn = pipeline(
             [self._prompt(case) for case in cases],
+            shown,
             **self.settings.call_arguments(),
             generator=[torch.Generator().manual_seed(case.seed) for case in cases],
         )
-        return [Answer(picture) for picture in drawn.images]
+        return [
+            Answer(picture, tuple(boxes) if boxes and len(boxes) == len(case.subjects) else None)
+            for picture, boxes, case in zip(drawn.images, drawn.boxes, cases, strict=True)
+        ]
+
+    def _subjects(self, case: Case, references: Sequence[Subject]) -> list[Subject]:
+        """What is shown beside the case's words where they were refined with references, in the places asked for."""
+        if not self.things or not case.subjects:
+            return []
+        boxes = case.boxes if case.boxes and self.settings.layout != "none" else (None,) * len(case.subjects)
+        return [
+            replace(shown, box=box)
+            for subject, box in zip(case.subjects, boxes, strict=True)
+            for shown in with_mentioned(self.things[subject.id], (), references)
+        ]
 
     def _prompt(self, case: Case) -> str:
         """The case's prompt with what each subject is called in the place of its word."""

@@ -35,7 +35,9 @@ from infer.refine.words import (
     prompt_inputs,
 )
 from infer.refine.zero_shot_start import Start, zero_shot_vector
+from infer.subjects import Subject
 from model.attention_maps import cross_attention_layers
+from model.inputs import SubjectInputs
 from model.lasr.adaptive_embedding import AdaptiveEmbedding
 from model.lasr.composition_delta import composition_delta_loss
 from model.lasr.init_words import InitVectors
@@ -44,7 +46,7 @@ from model.lasr.regulariser import lasr_regulariser
 from model.lasr.static_embedding import StaticEmbedding
 from model.layer_contexts import LayerContexts
 from model.learned_words import LearnedWord, Mode
-from model.text_fusion import WordRows, encode_prompt
+from model.text_fusion import WordRows, encode_embeddings
 from train.draws import SampleDraws
 from train.settings import Decay
 
@@ -85,6 +87,7 @@ class Compositions:
     samples: Tensor  # (N,) which samples of the batch
     held: Tensor  # (N,) the same, counted among the samples whose prompts hold a word
     texts: tuple[str, ...]  # N
+    subjects: tuple[Subject | None, ...]  # N, shown beside them
 
 
 class LasrModule(WordModule):
@@ -110,13 +113,15 @@ class LasrModule(WordModule):
         device, count = noisy.noisy.device, len(batch.latents)
         factor = (FACTOR[0] + (FACTOR[1] - FACTOR[0]) * draws.uniform()).to(device)  # (B,)
         phrases = compositions(batch, draws, told.compositions if told.delta_weight > 0 else 0)
-        phrases = replace(phrases, texts=tuple(fitting(pipeline, text) for text in phrases.texts))
+        fitted = (fitting(pipeline, *one) for one in zip(phrases.texts, phrases.subjects, strict=True))
+        phrases = replace(phrases, texts=tuple(fitted))
         # Adaptive states exist inside a UNet pass only: every fifth time the composed prompts go through it too, on the
         # same noisy latents, and what the UNet makes of them is thrown away.
         together = self.adapts and len(phrases.texts) > 0 and step % told.adaptive_delta_every == 0
         rows = torch.arange(count, device=device)
         rows = torch.cat([rows, phrases.samples]) if together else rows  # (R,)
-        inputs = prompt_inputs(pipeline, [*batch.prompts, *(phrases.texts if together else ())])
+        prompts = [*batch.prompts, *(phrases.texts if together else ())]
+        inputs = prompt_inputs(pipeline, prompts, [*batch.subjects, *(phrases.subjects if together else ())])
         valid = batch.valid[rows]
         context, condition = model.encode(inputs, size, inference=True, valid=valid, adaptive_factor=factor[rows])
         contexts = condition.layer_contexts
@@ -155,12 +160,13 @@ class LasrModule(WordModule):
     ) -> tuple[Tensor, Tensor | None]:
         """Static and, after a pass with the composed prompts, adaptive composition delta loss."""
         pipeline = self.base.pipeline
-        single = prompt_inputs(pipeline, [batch.prompts[index] for index in phrases.samples.tolist()]).input_ids
-        extended = prompt_inputs(pipeline, phrases.texts)
+        texts = [batch.prompts[sample] for sample in phrases.samples.tolist()]
+        single = prompt_inputs(pipeline, texts, phrases.subjects)
+        extended = prompt_inputs(pipeline, phrases.texts, phrases.subjects)
         number = len(phrases.texts)
         with torch.no_grad():
             single_class = self._class_states(single)  # (N, 1, L, D)
-            extended_class = self._class_states(extended.input_ids)
+            extended_class = self._class_states(extended)
         if together:
             static = contexts.static[:, -number:]  # (layers, N, L, D)
         else:
@@ -178,11 +184,10 @@ class LasrModule(WordModule):
         states = torch.stack([contexts.kept[layer] for layer in range(len(contexts.static))])  # (layers, A, L, D)
         return delta, loss(states[:, phrases.held], states[:, -number:])
 
-    def _class_states(self, input_ids: Tensor) -> Tensor:
-        """The text encoder's states of prompts (N, L) with the class word in the placeholder's places: (N, 1, L, D)."""
-        rows = WordRows(self.learned.ids, self.class_rows)
-        nowhere = input_ids.new_zeros(len(input_ids), 0)
-        return encode_prompt(self.base.pipeline.text_encoder, input_ids, None, nowhere, words=rows)[:, None]
+    def _class_states(self, inputs: SubjectInputs) -> Tensor:
+        """The text encoder's states of N prompts with the class word in the placeholder's places: (N, 1, L, D)."""
+        embedded = self.base.pipeline.subject_model.embed(inputs, WordRows(self.learned.ids, self.class_rows))
+        return encode_embeddings(self.base.pipeline.text_encoder, embedded)[:, None]
 
 
 class Lasr(WordMethod):
@@ -250,7 +255,7 @@ def compositions(batch: RefineBatch, draws: SampleDraws, number: int) -> Composi
         composed(batch.prompts[sample], np.random.default_rng((int(seeds[sample]), turn // len(own))))
         for turn, sample in enumerate(samples.tolist())
     ]
-    return Compositions(samples, held, tuple(texts))
+    return Compositions(samples, held, tuple(texts), tuple(batch.subjects[sample] for sample in samples.tolist()))
 
 
 def spread(vectors: Tensor, number: int) -> Tensor:

@@ -77,7 +77,8 @@ def batch_of(*prompts: str, prior: tuple[bool, ...] = ()) -> RefineBatch:
     count = len(prompts)
     latents = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     marked = torch.tensor(prior or (False,) * count)
-    return RefineBatch(latents, torch.ones(count, 1, 8, 8), prompts, prompts, marked, tuple(range(count)))
+    unseen = (None,) * count
+    return RefineBatch(latents, torch.ones(count, 1, 8, 8), prompts, prompts, marked, tuple(range(count)), unseen)
 
 
 def learn(module: RefineModule, batch: RefineBatch, steps: int, rate: float = 1e-2) -> list[float]:

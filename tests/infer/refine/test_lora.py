@@ -49,7 +49,8 @@ def trained(base: RefineBase, steps: int = 3, word: str = "z", **values: Any) ->
     module = METHOD.build(base, [Concept(word, "dog", "subject", ())], options(**{"identifier": "sks"} | values))
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     prompts = (f"a {word} dog", f"the {word} dog")
-    batch = RefineBatch(latents, torch.ones(2, 1, 8, 8), prompts, prompts, torch.zeros(2, dtype=torch.bool), (0, 1))
+    prior = torch.zeros(2, dtype=torch.bool)
+    batch = RefineBatch(latents, torch.ones(2, 1, 8, 8), prompts, prompts, prior, (0, 1), (None, None))
     optimizer = torch.optim.AdamW([one for one in module.parameters() if one.requires_grad], 3e-2)
     losses = []
     for _ in range(steps):

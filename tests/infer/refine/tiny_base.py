@@ -21,6 +21,7 @@ from infer.refine.prompts import SUBJECT_TEMPLATES, templates_of
 from infer.refine.refinement import Refinement, read_refinement, write_refinement
 from infer.refine.samples import RefineSamples, collate
 from infer.refine.subject_images import SubjectPicture, VariationSettings
+from infer.subjects import Subject
 from tests.infer.tiny_model import TinyModel
 from train.draws import SampleDraws
 
@@ -48,15 +49,21 @@ def concept(placeholder: str = "z", class_word: str = "dog") -> Concept:
     return Concept(placeholder, class_word, "subject", pictures())
 
 
-def tiny_batch(*prompts: str, prior: Sequence[bool] = (), placeholder: str = "z", seed: int = 0) -> RefineBatch:
-    """Random latents of which the left half counts, a sample a prompt; prompts name the concept by its placeholder."""
+def tiny_batch(
+    *prompts: str, prior: Sequence[bool] = (), placeholder: str = "z", seed: int = 0, shown: Subject | None = None
+) -> RefineBatch:
+    """Random latents of which the left half counts, a sample a prompt; prompts name the concept by its placeholder.
+
+    Args:
+        shown: beside each prompt.
+    """
     rows = len(prompts)
     latents = torch.randn(rows, 4, *SIZE, generator=torch.Generator().manual_seed(seed))
     valid = torch.zeros(rows, 1, *SIZE)
     valid[..., :4] = 1
     named = tuple(prompt.replace(f" {placeholder} ", " dog ") for prompt in prompts)
     flags = torch.tensor(list(prior) or [False] * rows)
-    return RefineBatch(latents, valid, prompts, named, flags, tuple(range(rows)))
+    return RefineBatch(latents, valid, prompts, named, flags, tuple(range(rows)), (shown,) * rows)
 
 
 def loss_of(module: RefineModule, samples: RefineBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -134,7 +141,8 @@ def losses_on_toybox(
         latents = vae.encode(collated.pixels * 2 - 1).latent_dist.mean * vae.config.scaling_factor
     valid = functional.interpolate(collated.valid, size=latents.shape[-2:], mode="area").round()
     batch = RefineBatch(
-        latents, valid, collated.prompts, collated.class_prompts, collated.prior, collated.numbers
+        latents, valid, collated.prompts, collated.class_prompts, collated.prior, collated.numbers,
+        (None,) * len(latents),
     )  # fmt: skip
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], learning_rate, weight_decay=0.0)
     found = []
