@@ -24,7 +24,7 @@ holds only what was trained, {parameters:,} parameters; the base is loaded by na
 | | |
 |---|---|
 | data | {data} |
-| steps | {steps:,} of {batch} samples ({samples:,} samples) |
+| steps | {steps:,} of {batch} samples ({samples:,} samples){start} |
 | time | {hours:.2f} h on {device}, checkpoints and validation not counted |
 | settings | `settings.yaml` of the run: learning rate {rate:g}, EMA {ema:g}, attention-map loss {attention:g} |
 
@@ -75,6 +75,7 @@ def write_card(settings: TrainSettings, base: str, parameters: int, device: str)
         steps=last,
         batch=f"{each:g}",
         samples=samples,
+        start=_start(settings.inputs.get("subject")),
         hours=seconds / 3600,
         device=device,
         rate=settings.optimizer.learning_rate,
@@ -86,6 +87,13 @@ def write_card(settings: TrainSettings, base: str, parameters: int, device: str)
         if toybox
         else "The base's licence (OpenRAIL-M) and its use restrictions carry over to these weights.",
     )
+
+
+def _start(subject: str | None) -> str:
+    """What its own steps came on top of."""
+    if subject is None:
+        return ""
+    return f", gone on from the subject model `{Path(subject).name if Path(subject).is_absolute() else subject}`"
 
 
 def _data(settings: TrainSettings) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,22 @@ def test_two_subjects_meet_in_two_files_that_were_tuned_apart(configure: Configu
     both = drawn(method, case("a dog and a cat", DOG, CAT))
     method.prepare([DOG])
     assert np.abs(both - drawn(method, case("a dog and a cat", DOG))).max() > 2
+
+
+def test_subjects_refined_with_references_stand_where_they_are_asked_for(configure: Configure) -> None:
+    method = opened(configure("lora", references=1))
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 8, 48, 56))
+    told = [tuple(replace(photo, mask=lambda: mask) for photo in one.tuning) for one in (DOG, CAT)]
+    method.prepare([replace(one, tuning=photos) for one, photos in zip((DOG, CAT), told, strict=True)])
+    boxes = ((0.1, 0.1, 0.5, 0.5), (0.5, 0.5, 0.9, 0.9))
+    both = case("a cat and a dog", CAT, DOG)
+    (placed,) = method.draw([replace(both, boxes=boxes)])
+    (anywhere,) = method.draw([both])
+    assert placed.boxes == boxes and anywhere.boxes is not None and anywhere.boxes != boxes
+    assert np.abs(np.asarray(placed.picture, int) - np.asarray(anywhere.picture, int)).max() > 2
+    (bare,) = method.draw([case("a mug", tuned_to=(DOG,))])
+    assert bare.boxes is None
 
 
 def test_class_words_are_drawn_with_the_tuned_weights_and_without_the_word(configure: Configure) -> None:
