@@ -57,7 +57,14 @@ def shown_cutouts(concept: Concept, number: int) -> list[Image.Image]:
             f"references={number}: {concept.placeholder!r} has {len(concept.pictures)} picture(s); give more, or show "
             "fewer"
         )
-    return cutouts_of(concept) if number else []
+    return [_without_hidden(cutout) for cutout in cutouts_of(concept)] if number else []
+
+
+def _without_hidden(cutout: Image.Image) -> Image.Image:
+    """A file that is passed on shall hold nothing of what stood around its subject."""
+    pixels = np.array(cutout)  # (H, W, 4)
+    pixels[pixels[..., 3] == 0] = 0
+    return Image.fromarray(pixels)
 
 
 def draw_references(own: int, pictures: int, number: int, rng: np.random.Generator) -> tuple[int, ...]:

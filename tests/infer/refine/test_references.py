@@ -83,6 +83,10 @@ def test_a_sample_knows_where_its_subject_went(more: dict[str, float]) -> None:
 def test_only_a_subject_with_as_many_pictures_can_be_shown() -> None:
     assert shown_cutouts(concept(), 0) == []
     assert [one.mode for one in shown_cutouts(concept(), 2)] == ["RGBA", "RGBA"]
+    rgba = np.full((24, 24, 4), 200, np.uint8)
+    rgba[:8, :, 3] = 0  # a background that is hidden, but there
+    (cutout,) = shown_cutouts(replace(concept(), pictures=[SubjectPicture(Path("a.png"), rgba)]), 1)
+    assert not np.array(cutout)[:8].any() and np.array(cutout)[8:].all()
     with pytest.raises(UserError, match=r"references=3: 'z' has 2 picture\(s\); give more, or show fewer"):
         shown_cutouts(concept(), 3)
     with pytest.raises(UserError, match="references=1: a style is no subject"):
