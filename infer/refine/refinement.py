@@ -30,7 +30,7 @@ from infer.subjects import PICKLED, Subject
 FORMAT = "subject-diffusion-refinement"
 FORMAT_VERSION = 1
 PREVIEW = "preview"  # (h, w, 3) uint8
-REFERENCES = "references"  # .NUMBER.PLACEHOLDER: a PNG file's bytes (N,) uint8
+REFERENCES = "references"  # .NUMBER.PLACEHOLDER: a PNG file's bytes (N,) uint8; numbers of three digits, in order
 SUFFIX = ".safetensors"
 
 
@@ -103,7 +103,7 @@ def write_refinement(refinement: Refinement, path: Path) -> None:
     for word, cutouts in refinement.references.items():
         for number, cutout in enumerate(cutouts):
             content = np.frombuffer(encode_picture(cutout), np.uint8).copy()
-            tensors[f"{REFERENCES}.{number}.{word}"] = torch.from_numpy(content)
+            tensors[f"{REFERENCES}.{number:03}.{word}"] = torch.from_numpy(content)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

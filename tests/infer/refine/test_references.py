@@ -164,6 +164,10 @@ def test_the_file_holds_the_pictures_and_brings_them_along(tiny_model: TinyModel
     file = tmp_path / "z.safetensors"
     write_refinement(replace(made, references={"z": cutouts}), file)
     read = read_refinement(file)
+    tensors = made.tensors | {"references.000.z": torch.zeros(9, dtype=torch.uint8)}
+    write_refinement(replace(made, tensors=tensors), tmp_path / "broken.safetensors")
+    with pytest.raises(UserError, match=r"broken\.safetensors: the picture references\.000\.z in it cannot be read"):
+        read_refinement(tmp_path / "broken.safetensors")
     assert [np.array(one).tolist() for one in read.references["z"]] == [np.array(one).tolist() for one in cutouts]
     assert read.tensors.keys() == made.tensors.keys() and read.digest() != made.digest()
     (told,) = rename_placeholders(read, [("z", "y")]).subjects()
