@@ -112,6 +112,15 @@ def save_subject_model(
         _write_index(folder)
     else:
         _save_trained(folder, model, base, trained, dtype, fingerprint)
+    forget_origin(folder)
+
+
+def forget_origin(folder: Path) -> None:
+    """Remove the path of the machine that a model was loaded from; diffusers writes it into each configuration."""
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_trained(

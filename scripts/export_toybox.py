@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from data_pipeline.stages.detect.clip_folder import PARTS
 from data_pipeline.toybox.archive import SubjectArchive
+from model.saving import forget_origin
 from train.model_card import replace_section
 from train.tasks.region_clip import write_parts
 
@@ -35,14 +36,6 @@ def halve(file: Path) -> None:
     """Rewrite a safetensors file in fp16; integers stay as they are."""
     tensors = {name: t.half() if t.is_floating_point() else t for name, t in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
-
-
-def forget_origin(folder: Path) -> None:
-    """Remove the path of the machine that a folder was saved from; diffusers writes it into every configuration."""
-    for file in folder.rglob("*.json"):
-        content = json.loads(file.read_text())
-        if content.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def export_weights(runs: Path, target: Path) -> None:

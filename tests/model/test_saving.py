@@ -103,8 +103,10 @@ def test_a_model_saved_from_its_loaded_form_is_the_same(tmp_path, model):
     loaded = load_subject_model(tmp_path / "first").compose(tiny_unet(), tiny_text_encoder())
     loaded.set_trainable(PATTERNS)
     save(tmp_path / "second", loaded)
-    for name in ("subject_model.json", "trained.safetensors", "adapter/diffusion_pytorch_model.safetensors"):
+    weights = ("trained.safetensors", "adapter/diffusion_pytorch_model.safetensors")
+    for name in ("subject_model.json", "adapter/config.json", *weights):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    assert not [file for file in (tmp_path / "second").rglob("*.json") if str(tmp_path) in file.read_text()]
 
 
 def test_another_base_is_refused_with_both_fingerprints(tmp_path, model):

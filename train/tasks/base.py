@@ -24,6 +24,7 @@ from model.inputs import Drop, SubjectInputs, draw_drops, drop_conditions
 from model.losses import snr_weights
 from model.open_clip_conversion import convert_text_tower, load_open_clip
 from model.prompt import add_placeholder
+from model.saving import forget_origin
 from train.data.diffusion_batch import DiffusionBatch
 from train.data.diffusion_data import DiffusionData
 from train.denoising import (
@@ -176,6 +177,7 @@ class BaseTask:
 
     def export(self, folder: Path) -> None:
         self._pipeline(self.start.scheduler).save_pretrained(folder)
+        forget_origin(folder)
 
 
 def validation_sampler(schedule: Any) -> DDIMScheduler:

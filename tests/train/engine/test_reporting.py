@@ -211,6 +211,6 @@ def test_the_model_card_adds_up_the_time_of_the_rows(tmp_path: Path, accelerator
     assert "| time | 0.44 h on one GPU" in card and "110 of 4 samples (440 samples)" in card
     assert "shards `laion`; seed 0" in card and "EMA 0.99" in card and "toybox scenes" not in card
     assert "gone on from" not in card
-    for given, told in (("toybox/subject", "toybox/subject"), ("/home/someone/parts", "parts")):
+    for given, told in (("toybox/subject", "toybox/subject"), (str(tmp_path / "parts"), "parts")):
         later = settings.model_copy(update={"inputs": {"subject": given}})
         assert f", gone on from the subject model `{told}` |" in write_card(later, "some/base", 12, "one GPU")
