@@ -17,7 +17,7 @@ from infer.refine.subject_images import SubjectPicture
 from tests.infer.refine.tiny_base import losses_on_toybox
 
 # Learning rate, and the share of the first loss that is left: one vector can say little of a manner.
-METHODS = {"lasr": (1e-2, 0.97), "textual-inversion": (0.2, 0.998), "custom-diffusion": (1e-3, 0.97)}
+METHODS = {"lasr": (1e-2, 0.97), "textual-inversion": (1.0, 0.995), "custom-diffusion": (1e-3, 0.97)}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_a_few_steps_lower_the_loss_of_a_style(method: str, style: Concept) -> N
     settings = known.settings()
     module = known.build(open_base("toybox", False, "cpu", STYLE_TEMPLATES), [style], settings)
     rate, left = METHODS[method]
-    losses = losses_on_toybox(module, style, rate, 5, known.thing(style, settings))
+    losses = losses_on_toybox(module, style, rate, 12, known.thing(style, settings))
     assert losses[-1] < left * losses[0], losses
 
 
