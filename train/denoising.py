@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from model.losses import diffusion_target, snr_weights
 from train.data.diffusion_batch import DiffusionBatch, draw_latents
@@ -80,6 +81,13 @@ def denoising_loss(
     """
     errors = sample_errors(schedule, prediction, latents, noise, timesteps, cell_weights)
     return (errors * snr_weights(schedule, timesteps, gamma)).mean()
+
+
+def mask_weights(batch: DiffusionBatch, inside: float) -> Tensor:
+    """(B, 1, h, w): `inside` where a latent cell is wholly covered by entities, 1 where none is."""
+    size = (batch.latents.shape[2], batch.latents.shape[3])
+    covered = functional.adaptive_avg_pool2d(batch.masks.sum(dim=1, keepdim=True).clamp(max=1), size)  # (B, 1, h, w)
+    return 1 + (inside - 1) * covered
 
 
 @torch.no_grad()

@@ -143,7 +143,7 @@ class DiffusionSettings(Settings):
     """Tasks base and subject."""
 
     snr_gamma: float | None = 5.0  # min-SNR-gamma (arXiv 2303.09556); null: every timestep weighs the same
-    mask_weight: float = Field(1.0, gt=0)  # of the denoising error inside entity masks; 1 outside; task subject
+    mask_weight: float = Field(1.0, gt=0)  # of the denoising error inside entity masks; 1 outside
     attention_loss_weight: float = Field(0.01, ge=0)  # attention-map loss, task subject
     attention_loss_kind: Literal["balanced", "absolute"] = "balanced"
     supervise: tuple[Literal["placeholder", "noun", "caption"], ...] = ("placeholder", "noun")

@@ -10,12 +10,11 @@ import torch
 from diffusers import DDIMScheduler
 
 from train.data.diffusion_batch import DiffusionBatch
+from train.denoising import denoising_loss, mask_weights
 from train.engine.schedule import learning_rate_factor
 from train.loop import StepBatches
 from train.model_card import replace_section
 from train.settings import OptimizerSettings
-from train.tasks.base import denoising_loss
-from train.tasks.subject import mask_weights
 from train.tasks.vae import PatchCode
 
 

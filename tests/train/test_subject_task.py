@@ -78,6 +78,17 @@ def test_a_step_is_the_same_whether_one_process_takes_all_samples_or_two_share_t
     assert_equal(gradients(task, [range(0, 8)], step), gradients(task, [range(0, 4), range(4, 8)], step))
 
 
+@pytest.mark.parametrize("kind", [SubjectTask, BaseTask])
+def test_errors_inside_masks_weigh_as_much_as_is_asked(root: Path, kind: type[SubjectTask | BaseTask]) -> None:
+    name = "subject" if kind is SubjectTask else "base"
+    losses = []
+    for weight in (1, 4, 7):
+        task = kind(start_settings(root, f"diffusion.mask_weight={weight}", task=name), CPU)
+        losses.append(float(gradients(task, [range(0, 4)])["loss"]))
+    once, four, seven = losses
+    assert four > once and seven - once == pytest.approx(2 * (four - once), rel=1e-4)
+
+
 def test_another_step_draws_other_noise(task: SubjectTask) -> None:
     batch = batch_of(task, range(4))
     losses = [

@@ -32,6 +32,7 @@ from train.denoising import (
     by_band,
     denoising_loss,
     even_timesteps,
+    mask_weights,
     noised,
     noised_at,
     sample_errors,
@@ -70,8 +71,10 @@ class BaseTraining(nn.Module):
         drops = torch.where(drops == Drop.ALL, drops, int(Drop.SUBJECTS))
         noisy = noised(self.schedule, batch, draws)
         prediction = self.predict(noisy.noisy, noisy.timesteps, drop_conditions(batch.inputs, drops))  # (B, C, h, w)
-        gamma = self.settings.snr_gamma
-        loss = denoising_loss(self.schedule, prediction, noisy.latents, noisy.noise, noisy.timesteps, gamma)
+        loss = denoising_loss(
+            self.schedule, prediction, noisy.latents, noisy.noise, noisy.timesteps, self.settings.snr_gamma,
+            mask_weights(batch, self.settings.mask_weight),
+        )  # fmt: skip
         return loss, band_metrics(self.schedule, prediction, noisy, self.settings.timestep_bands)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, inputs: SubjectInputs) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from data_pipeline.errors import UserError
 from data_pipeline.settings import settings_of
@@ -28,7 +27,7 @@ from model.saving import LoadedParts, base_fingerprint, load_subject_model, save
 from model.subject_adapter import SubjectAdapter
 from train.data.diffusion_batch import DiffusionBatch, draw_references
 from train.data.diffusion_data import DiffusionData
-from train.denoising import NoisyLatents, denoising_loss, noised, noised_at
+from train.denoising import NoisyLatents, denoising_loss, mask_weights, noised, noised_at
 from train.draws import SampleDraws
 from train.inputs_folder import input_folder
 from train.model_card import write_card
@@ -92,13 +91,6 @@ class SubjectTraining(nn.Module):
 def named_subjects(inputs: SubjectInputs) -> Tensor:
     """(B, S) bool: subjects with supervised tokens; a row whose text was dropped has none left."""
     return inputs.subject_keep & (inputs.placeholder_positions >= 0)
-
-
-def mask_weights(batch: DiffusionBatch, inside: float) -> Tensor:
-    """(B, 1, h, w): `inside` where a latent cell is wholly covered by entities, 1 where none is."""
-    size = (batch.latents.shape[2], batch.latents.shape[3])
-    covered = functional.adaptive_avg_pool2d(batch.masks.sum(dim=1, keepdim=True).clamp(max=1), size)  # (B, 1, h, w)
-    return 1 + (inside - 1) * covered
 
 
 def subject_model(
