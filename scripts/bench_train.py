@@ -12,6 +12,7 @@ What one table compares runs in one process, turn about; ratios are of medians. 
     overhead   the trainer's loop against forward, backward and optimiser on the same batches in memory
     cache      images/s with cached and with live latents and features
     wait       share of the time in which the loop waits for data, toybox scenes and shards
+    precision  images/s of the loop in float32 and in bf16, here
     gpu        a whole SD 2.1 subject step with random weights in bf16, compiled and not, with our loss and without
 """
 
@@ -39,6 +40,7 @@ PARTS = {
     "overhead": ("trainer", "bench_overhead"),
     "cache": ("trainer", "bench_cache"),
     "wait": ("trainer", "bench_wait"),
+    "precision": ("trainer", "bench_precision"),
     "attention": ("attention", "bench_loss"),
     "published": ("attention", "bench_published"),
     "gpu": ("gpu", "bench_gpu"),

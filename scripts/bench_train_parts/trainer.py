@@ -210,6 +210,20 @@ def bench_cache(options: argparse.Namespace, changes: Mapping[str, Any] = NONE) 
     yield sd_latents(min(options.rounds, SD_ROUNDS))
 
 
+def bench_precision(options: argparse.Namespace, changes: Mapping[str, Any] = NONE) -> Iterator[turns.Table]:
+    """The loop in float32 and in bf16 on this machine, a GPU or a CPU."""
+    with _folder() as folder:
+        plain = toybox_settings(folder, changes)
+        contenders = {
+            name: partial(run_loop, toybox_settings(folder, {**changes, "engine.precision": precision}))
+            for name, precision in (("float32", "no"), ("bf16", "bf16"))
+        }
+        rows = rows_of(in_turn(contenders, options.rounds), plain.batch_size)
+    for row in rows.values():
+        row["times float32"] = row["images/s"] / rows["float32"]["images/s"]
+    yield turns.Table("precision", f"{_shapes(plain)} where not told otherwise, latents and features cached", rows)
+
+
 def sd_latents(rounds: int, side: int = 512) -> turns.Table:
     """Seconds to encode one picture with SD's autoencoder (random weights), and to read its latents from a file."""
     vae = AutoencoderKL(**load_model_settings(SD21).architecture["vae"]).eval().requires_grad_(False)

@@ -159,6 +159,15 @@ def test_overhead_is_the_trainers_time_beyond_the_bare_loop(monkeypatch: pytest.
     assert table.rows["trainer"]["CPU ratio"] == pytest.approx(1.2)
 
 
+def test_precisions_are_run_as_told_and_compared_by_images_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"no": 1.0, "bf16": 0.8}
+    monkeypatch.setattr(
+        trainer, "run_loop", lambda settings: trainer.Windows([seconds[settings.engine.precision]], [1.0], [0.0])
+    )
+    (table,) = trainer.bench_precision(argparse.Namespace(rounds=2))
+    assert [row["times float32"] for row in table.rows.values()] == pytest.approx([1.0, 1.25])
+
+
 @pytest.mark.slow
 def test_live_scenes_and_shards_are_run_and_their_waiting_is_read(tiny: dict[str, object]) -> None:
     (table,) = trainer.bench_wait(argparse.Namespace(rounds=1), tiny)

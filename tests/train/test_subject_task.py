@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 
 from data_pipeline.errors import UserError
 from infer.loading import load_trained_parts
@@ -217,6 +218,17 @@ def test_frozen_weights_in_low_precision_change_nothing_and_take_half_the_memory
             for t in (full, low)]  # fmt: skip
     assert kept[1] < 0.55 * kept[0]  # norms and biases stay
     assert all(p.dtype == torch.float32 for p in low.module.parameters() if p.requires_grad)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's fused attention is fast in bf16")
+def test_on_a_cpu_attention_is_fused_in_float32_and_plain_in_bf16(root: Path) -> None:
+    states = torch.randn(2, 2, 4, 8, dtype=torch.bfloat16, requires_grad=True)
+    outs = []
+    for precision in ("bf16", "no"):
+        SubjectTask(start_settings(root, f"engine.precision={precision}"), CPU)
+        outs.append(functional.scaled_dot_product_attention(states, states, states))
+    assert ["Flash" in type(out.grad_fn).__name__ for out in outs] == [False, True]
+    torch.testing.assert_close(*outs, atol=0.02, rtol=0.02)
 
 
 def test_a_module_cast_as_a_whole_takes_float32_batches_and_gives_float32_losses(root: Path) -> None:
