@@ -52,9 +52,19 @@ def test_the_shipped_base_is_scored_and_shown(tmp_path: Path, capsys: pytest.Cap
     printed = capsys.readouterr().out
     for name in ("base", "base, other captions", "real render"):
         assert re.search(rf"^\| {name} \| [01]\.\d\d \| [01]\.\d\d \| [01]\.\d\d \|$", printed, re.MULTILINE)
+    assert re.search(r"^error where the thing stands, .* word: [+-]\d+\.\d %$", printed, re.MULTILINE)
     assert "10 captions as they fall, 10 of one thing; 2 steps, guidance 3; on " in printed
     with Image.open(sheet) as opened:
         assert opened.size == (6 * 204 + 6, 2 * 136 + 6)
+
+
+def test_another_groups_word_takes_the_place_of_the_right_one_with_its_article() -> None:
+    scenes = bench_base.scenes_of_groups(seed=3, each=8)
+    for scene in scenes:
+        word, caption = scene.entities[0].noun, bench_base.called_otherwise(scene)
+        other = bench_base.GROUPS[(bench_base.GROUPS.index(word) + 1) % len(bench_base.GROUPS)]
+        assert word not in caption and caption.count(other) == 1
+        assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", caption)
 
 
 @pytest.mark.parametrize(
