@@ -112,11 +112,11 @@ def called_otherwise(scene: ToyboxScene) -> str:
 @torch.no_grad()
 def price_of_a_wrong_word(pipeline: StableDiffusionPipeline, scenes: Sequence[ToyboxScene], seed: int) -> float:
     """Denoising error inside the masks under the wrong words, as a share of that under the right ones, less 1."""
-    schedule, size = noise_schedule(pipeline.scheduler), (pipeline.unet.config.sample_size,) * 2
+    schedule = noise_schedule(pipeline.scheduler)
     pictures = torch.stack([as_tensor(scene.image) for scene in scenes]) * 2 - 1  # (N, 3, H, W)
     masks = torch.stack([torch.from_numpy(scene.entities[0].mask)[None].float() for scene in scenes])  # (N, 1, H, W)
-    inside = functional.adaptive_avg_pool2d(masks, size)  # (N, 1, h, w)
     latents = pipeline.vae.encode(pictures.to(pipeline.vae.dtype)).latent_dist.mean * pipeline.vae.config.scaling_factor
+    inside = functional.adaptive_avg_pool2d(masks, (latents.shape[2], latents.shape[3]))  # (N, 1, h, w)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
     timesteps = torch.full((len(scenes),), int(NOISE * schedule.config.num_train_timesteps))
     noisy = schedule.add_noise(latents, noise, timesteps)
