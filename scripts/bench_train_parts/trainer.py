@@ -221,7 +221,7 @@ def bench_precision(options: argparse.Namespace, changes: Mapping[str, Any] = NO
         rows = rows_of(in_turn(contenders, options.rounds), plain.batch_size)
     for row in rows.values():
         row["times float32"] = row["images/s"] / rows["float32"]["images/s"]
-    yield turns.Table("precision", f"{_shapes(plain)} where not told otherwise, latents and features cached", rows)
+    yield turns.Table("precision", f"{_shapes(plain)}, latents and features cached; bf16 by autocast", rows)
 
 
 def sd_latents(rounds: int, side: int = 512) -> turns.Table:
