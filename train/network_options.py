@@ -30,7 +30,7 @@ def apply_engine(engine: EngineSettings, unet: UNet2DConditionModel, text_encode
         for network in (unet, text_encoder):
             hold_frozen_weights_in(network, LOW[engine.precision])
     if not torch.cuda.is_available():
-        # Backward in bf16, a CPU's fused attention takes more than the rest of a step; plain products do not.
+        # In bf16 the backward pass of a CPU's fused attention takes nearly half of a step; plain products do not.
         torch.backends.cuda.enable_flash_sdp(engine.precision != "bf16")  # the CPU's too, whatever it is called
     if engine.compile:
         compile_blocks(unet)
